@@ -1,0 +1,124 @@
+"""hookwright: an embeddable, durable webhook dispatcher for asyncio applications.
+
+Start with `Dispatcher`. Receivers verify with `hookwright.receiver`; tests use `hookwright.testing`.
+"""
+
+from hookwright._addresses import NetworkPolicy
+from hookwright._clock import Clock
+from hookwright._deliveries import Deliveries
+from hookwright._dispatcher import Dispatcher
+from hookwright._endpoints import Endpoints
+from hookwright._envelope import Content, Envelope, StandardEnvelope
+from hookwright._errors import (
+    ConfigurationError,
+    Conflict,
+    HookwrightError,
+    NotFound,
+    SchemaTooNew,
+    StaleEndpoints,
+    StorageBusy,
+    StorageClosed,
+    StorageCorrupt,
+    StorageError,
+    StorageFull,
+    ValidationFailed,
+    WaitTimeout,
+)
+from hookwright._models import (
+    ALL_TENANTS,
+    Attempt,
+    Delivery,
+    DeliveryState,
+    Endpoint,
+    EndpointState,
+    Event,
+    Page,
+    Receipt,
+)
+from hookwright._observe import (
+    AttemptFailed,
+    AttemptStarted,
+    DeliveryFailed,
+    DeliveryObservation,
+    DeliveryRetrying,
+    DeliverySucceeded,
+    EndpointDisabled,
+    EventEmitted,
+    LeaseLost,
+    Observation,
+    Subscription,
+    WorkerFailed,
+)
+from hookwright._profile import Profile, Timeouts
+from hookwright._retry import DeliveryError, RetryPolicy
+from hookwright._secret import Secret
+from hookwright._signing import Signer, StandardWebhooks
+from hookwright._version import __version__
+from hookwright.receiver import VerificationFailed
+from hookwright.storage._base import Storage
+from hookwright.storage.memory import MemoryStorage
+from hookwright.storage.sqlite import SQLiteStorage
+from hookwright.transport._base import Failure, Request, Response, Transport
+from hookwright.transport.httpx import HttpxTransport
+
+__all__ = [
+    "ALL_TENANTS",
+    "Attempt",
+    "AttemptFailed",
+    "AttemptStarted",
+    "Clock",
+    "ConfigurationError",
+    "Conflict",
+    "Content",
+    "Deliveries",
+    "Delivery",
+    "DeliveryError",
+    "DeliveryFailed",
+    "DeliveryObservation",
+    "DeliveryRetrying",
+    "DeliveryState",
+    "DeliverySucceeded",
+    "Dispatcher",
+    "Endpoint",
+    "EndpointDisabled",
+    "EndpointState",
+    "Endpoints",
+    "Envelope",
+    "Event",
+    "EventEmitted",
+    "Failure",
+    "HookwrightError",
+    "HttpxTransport",
+    "LeaseLost",
+    "MemoryStorage",
+    "NetworkPolicy",
+    "NotFound",
+    "Observation",
+    "Page",
+    "Profile",
+    "Receipt",
+    "Request",
+    "Response",
+    "RetryPolicy",
+    "SQLiteStorage",
+    "SchemaTooNew",
+    "Secret",
+    "Signer",
+    "StaleEndpoints",
+    "StandardEnvelope",
+    "StandardWebhooks",
+    "Storage",
+    "StorageBusy",
+    "StorageClosed",
+    "StorageCorrupt",
+    "StorageError",
+    "StorageFull",
+    "Subscription",
+    "Timeouts",
+    "Transport",
+    "ValidationFailed",
+    "VerificationFailed",
+    "WaitTimeout",
+    "WorkerFailed",
+    "__version__",
+]

@@ -1,0 +1,497 @@
+"""The facade that an application embeds. Start reading here: `emit` at the top, then downward through the layers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import anyio
+from pydantic_core import PydanticSerializationError, to_json
+
+from hookwright._addresses import NetworkPolicy
+from hookwright._catalogue import check_type
+from hookwright._clock import SECOND, Clock, from_datetime
+from hookwright._deliveries import Deliveries
+from hookwright._delivery import LEASE_MARGIN, Deliverer
+from hookwright._endpoints import Endpoints
+from hookwright._errors import ConfigurationError, StaleEndpoints, StorageClosed, ValidationFailed
+from hookwright._ids import new_id
+from hookwright._matching import EndpointCache, typed
+from hookwright._models import EndpointState, NewDelivery, NewEvent, Receipt
+from hookwright._observe import EventEmitted, ObserverHub
+from hookwright._profile import Profile
+from hookwright._version import __version__
+from hookwright._worker import Worker
+from hookwright.storage._base import SWEEP_ROWS, Storage
+from hookwright.storage.memory import MemoryStorage
+from hookwright.storage.sqlite import SQLiteStorage
+from hookwright.transport.httpx import HttpxTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from types import TracebackType
+
+    from hookwright._matching import CachedEndpoint, Scalar
+    from hookwright._models import AttributeValue
+    from hookwright._observe import Observation, Subscription
+    from hookwright.transport._base import Transport
+
+    ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
+
+_logger = logging.getLogger("hookwright")
+
+DATA_LIMIT = 256 * 1024
+"""Bytes of an event's data as JSON at most."""
+
+_OBSERVER_GRACE = 1.0
+_STANDBY_INTERVAL = 1.0
+_RETENTION_INTERVAL = 3600.0
+_WATCH_TIMEOUT = 3600.0
+
+
+class _State(Enum):
+    NEW = "has not been started: use `async with Dispatcher(...)`, or await start()"
+    RUNNING = "is running"
+    CLOSED = "is closed: create a new one"
+
+
+class Dispatcher:
+    """Emits events to subscribed HTTP endpoints: durably, signed, retried, without another service.
+
+    `storage` is `"sqlite:///hooks.db"` (relative), `"sqlite:////var/lib/hooks.db"` (absolute), `"memory:"` (lost with
+    the process: for tests), or a Storage. `profiles` name the ways endpoints are spoken to. `network` says where may be
+    sent to: by default public addresses over HTTPS only. `concurrency` attempts are in flight at once, of these
+    `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest attempt by 5 s;
+    `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None: never) go, unless
+    a delivery is pending. `deliver=False` makes a process that emits and reads but leaves delivering to another.
+
+    Several processes may share one SQLite file: one delivers, the others stand by and take over when it ends.
+
+    Raises ConfigurationError for settings that do not go together.
+
+    ```python
+    from hookwright import Dispatcher, NetworkPolicy
+    from hookwright.testing import Inbox
+
+    async with Inbox() as inbox, Dispatcher("memory:", network=NetworkPolicy.development()) as dispatcher:
+        await dispatcher.endpoints.create(inbox.url, events=["video.*"])
+        receipt = await dispatcher.emit("video.processed", {"video_id": "vid_123", "status": "ready"})
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        print(delivery.state)
+    ```
+    """
+
+    def __init__(
+        self,
+        storage: str | Storage = "sqlite:///hooks.db",
+        *,
+        profiles: Mapping[str, Profile] | None = None,
+        network: NetworkPolicy | None = None,
+        transport: Transport | None = None,
+        clock: Clock | None = None,
+        concurrency: int = 256,
+        endpoint_concurrency: int = 4,
+        lease: float = 60.0,
+        shutdown_timeout: float = 10.0,
+        retention: timedelta | None = timedelta(days=30),
+        deliver: bool = True,
+    ) -> None:
+        profiles = dict(profiles or {})
+        profiles.setdefault("default", Profile())
+        _check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
+        network = network or NetworkPolicy()
+        self._storage = _storage(storage)
+        self._transport = transport or HttpxTransport(network=network)
+        self._clock = clock or Clock()
+        self._shutdown_timeout = shutdown_timeout
+        self._retention = retention
+        self._deliver = deliver
+        self._observers = ObserverHub()
+        self._cache = EndpointCache(self._storage)
+        self.deliveries = Deliveries(self._storage, clock=self._clock, check_usable=self._check_usable)
+        self.endpoints = Endpoints(
+            self._storage,
+            clock=self._clock,
+            network=network,
+            profiles=profiles,
+            lease=lease,
+            observers=self._observers,
+            check_usable=self._check_usable,
+            changed=self._endpoints_changed,
+        )
+        self._worker = Worker(
+            self._storage,
+            Deliverer(
+                self._storage,
+                self._transport,
+                cache=self._cache,
+                profiles=profiles,
+                clock=self._clock,
+                observers=self._observers,
+                user_agent=f"hookwright/{__version__}",
+                endpoint_concurrency=endpoint_concurrency,
+                on_ended=self.deliveries.note_ended,
+            ),
+            cache=self._cache,
+            clock=self._clock,
+            observers=self._observers,
+            concurrency=concurrency,
+            endpoint_concurrency=endpoint_concurrency,
+            lease=lease,
+            on_stopped_endpoints=self._endpoints_changed,
+        )
+        self._state = _State.NEW
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._delivering = False
+        self._sweep = asyncio.Event()
+        self._services: asyncio.Task[None] | None = None
+        self._stop_services = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"Dispatcher({self._storage!r}, {self._state.name.lower()})"
+
+    # -- emit ---------------------------------------------------------------------------------------------------
+
+    async def emit(
+        self,
+        type: str,
+        data: object = None,
+        *,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        event_id: str | None = None,
+        endpoint_id: str | None = None,
+        occurred_at: datetime | None = None,
+        deliver_at: datetime | None = None,
+    ) -> Receipt:
+        """Store an event and one delivery for each endpoint that wants it; return when that is on disk.
+
+        `data` is anything JSON can hold, a pydantic model or a dataclass; it is encoded now, at most 256 KiB.
+        `attributes` are what endpoints' `filters` look at, and are not sent. With an `idempotency_key` or your own
+        `event_id`, emitting the same again stores nothing and answers `duplicate=True`. `endpoint_id` sends to that
+        endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt.
+
+        After a cancellation or a crash the event may or may not be stored: repeat with the same key or id.
+
+        Raises ValidationFailed (nothing was stored), Conflict when the key or id was used for something else,
+        NotFound for an unknown endpoint_id, or StorageError.
+        """
+        self._check_usable()
+        event, wanted = self._snapshot(type, data, attributes, tenant, idempotency_key, event_id, occurred_at)
+        available_at = 0 if deliver_at is None else from_datetime(_aware("deliver_at", deliver_at))
+        while True:
+            endpoints = self._targets(event, wanted, endpoint_id)
+            deliveries = [self._new_delivery(endpoint, available_at) for endpoint in endpoints]
+            revision = self._cache.revision
+            try:
+                receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
+                break
+            except StaleEndpoints:
+                if await self._cache.refresh(revision):
+                    self._endpoints_changed()
+        if not receipt.duplicate:
+            self._worker.wake()
+            if self._observers.wanted:
+                self._observers.report(
+                    EventEmitted(event_id=event.id, event_type=type, delivery_count=receipt.delivery_count)
+                )
+        return receipt
+
+    def _snapshot(
+        self,
+        type: str,
+        data: object,
+        attributes: Mapping[str, AttributeValue] | None,
+        tenant: str | None,
+        idempotency_key: str | None,
+        event_id: str | None,
+        occurred_at: datetime | None,
+    ) -> tuple[NewEvent, dict[str, frozenset[tuple[type, Scalar]]]]:
+        check_type(type)
+        encoded = _encode(data)
+        listed = _attributes(attributes)
+        if tenant is not None and not (isinstance(tenant, str) and tenant):
+            raise ValidationFailed("tenant", "must be text or None")
+        occurred = self._clock.wall() if occurred_at is None else from_datetime(_aware("occurred_at", occurred_at))
+        digest = hashlib.sha256(b"\0".join([type.encode(), repr(tenant).encode(), encoded])).digest()
+        event = NewEvent(
+            id=new_id("evt", self._clock.now()) if event_id is None else _event_id(event_id),
+            type=type,
+            data=encoded,
+            occurred_at=occurred,
+            tenant=tenant,
+            attributes=json.dumps(listed) if listed else "{}",
+            idempotency_key=_idempotency_key(idempotency_key),
+            digest=digest,
+        )
+        return event, {key: typed(values) for key, values in listed.items()}
+
+    def _targets(
+        self, event: NewEvent, attributes: Mapping[str, frozenset[tuple[type, Scalar]]], endpoint_id: str | None
+    ) -> list[CachedEndpoint]:
+        if endpoint_id is None:
+            return self._cache.match(event.type, event.tenant, attributes)
+        endpoint = self._cache.get(endpoint_id)
+        if endpoint is None or (not endpoint.wants(event.tenant, {}) and endpoint.row.tenant != event.tenant):
+            return []
+        return [endpoint]
+
+    def _new_delivery(self, endpoint: CachedEndpoint, available_at: int) -> NewDelivery:
+        return NewDelivery(
+            id=new_id("dlv", self._clock.now()),
+            endpoint_id=endpoint.row.id,
+            available_at=available_at,
+            skipped=endpoint.row.state is EndpointState.DISABLED,
+        )
+
+    # -- observe ------------------------------------------------------------------------------------------------
+
+    def on(self, *kinds: type[Observation]) -> Callable[[ObserverT], ObserverT]:
+        """Decorate an observer of these Observation classes and their subclasses (none: of all). See `observe`."""
+
+        def register(function: ObserverT) -> ObserverT:
+            self.observe(function, *kinds)
+            return function
+
+        return register
+
+    def observe(self, function: Callable[..., object], *kinds: type[Observation]) -> Subscription:
+        """Call `function` with every observation of these classes and their subclasses (none: of all).
+
+        A plain function runs at once and must not block. An async one has a queue of 1,000 and sees things in order;
+        when it is slower than that, the newest are dropped and counted in `.dropped`. Observers hear of what this
+        process did, after it was stored, at most once. What they raise is logged once and changes nothing.
+        """
+        return self._observers.subscribe(function, kinds)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_delivering(self) -> bool:
+        """Whether this process delivers; False while it stands by, with `deliver=False`, and when not running."""
+        return self._delivering
+
+    async def start(self) -> None:
+        """Open the storage and begin to deliver. Raises ConfigurationError when it was started before, or StorageError."""
+        if self._state is not _State.NEW:
+            raise ConfigurationError(f"the dispatcher {self._state.value}")
+        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        await self._storage.open(self._clock)
+        try:
+            await self._cache.refresh(self._cache.revision)
+            self._delivering = self._deliver and await self._storage.acquire()
+        except BaseException:
+            await self._storage.close()
+            raise
+        self._state = _State.RUNNING
+        # One task owns the task group, so that start and aclose may be called from different tasks.
+        self._services = self._loop.create_task(self._serve(), name="hookwright-services")
+
+    async def aclose(self) -> None:
+        """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.
+
+        Harmless when repeated, or when it was never started.
+        """
+        if self._state is not _State.RUNNING:
+            self._state = _State.CLOSED
+            return
+        self._check_usable()
+        self._state = _State.CLOSED
+        with anyio.CancelScope(shield=True):
+            if self._delivering:
+                await self._worker.stop(self._shutdown_timeout)
+            self._delivering = False
+            self._stop_services.set()
+            assert self._services is not None
+            await asyncio.wait({self._services})
+            await self._observers.aclose(_OBSERVER_GRACE)
+            await self._transport.aclose()
+            await self._storage.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Return when nothing is due now and nothing is in flight; retries due later and held lanes do not count.
+
+        Raises WaitTimeout after `timeout` seconds, or ConfigurationError in a process that does not deliver.
+        """
+        self._check_usable()
+        if not self._delivering:
+            raise ConfigurationError("this process does not deliver, it cannot drain: wait for events instead")
+        await self._worker.drain(timeout)
+
+    # -- services -----------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        async with anyio.create_task_group() as group:
+            if self._deliver:
+                group.start_soon(self._deliver_when_acquired)
+            await self._stop_services.wait()
+            group.cancel_scope.cancel()
+
+    async def _deliver_when_acquired(self) -> None:
+        if not self._delivering:
+            _logger.warning("another process delivers from %r: standing by, events are accepted", self._storage)
+        while not self._delivering:
+            await self._clock.sleep(_STANDBY_INTERVAL)
+            self._delivering = await self._try_to_acquire()
+        self._sweep.set()
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._worker.run)
+            group.start_soon(self._watch_other_processes)
+            group.start_soon(self._sweep_when_asked)
+            if self._retention is not None:
+                group.start_soon(self._prune, self._retention)
+
+    async def _try_to_acquire(self) -> bool:
+        try:
+            return await self._storage.acquire()
+        except Exception:  # standing by goes on, whatever the storage says
+            _logger.exception("could not ask the storage for the right to deliver")
+            return False
+
+    async def _watch_other_processes(self) -> None:
+        while True:
+            if await self._guarded(lambda: self._storage.wait(_WATCH_TIMEOUT)):
+                self._endpoints_changed()
+
+    async def _sweep_when_asked(self) -> None:
+        while True:
+            await self._sweep.wait()
+            self._sweep.clear()
+            while await self._guarded(self._storage.sweep):
+                self.deliveries.note_ended(None)
+            self.deliveries.note_ended(None)
+
+    async def _prune(self, retention: timedelta) -> None:
+        while True:
+            before = self._clock.now() - round(retention.total_seconds() * SECOND)
+            while await self._guarded(lambda before=before: self._storage.prune(before)) == SWEEP_ROWS:
+                pass
+            await self._clock.sleep(_RETENTION_INTERVAL)
+
+    async def _guarded(self, operation: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a background operation; whatever it raises is logged, and it is asked for again a second later."""
+        try:
+            return await operation()
+        except StorageClosed:
+            await asyncio.Event().wait()
+        except Exception:
+            _logger.exception("a background operation failed and is repeated")
+            await self._clock.sleep(_STANDBY_INTERVAL)
+        return None
+
+    def _endpoints_changed(self) -> None:
+        self._sweep.set()
+        self._worker.wake()
+
+    def _check_usable(self) -> None:
+        if self._state is not _State.RUNNING:
+            raise ConfigurationError(f"the dispatcher {self._state.value}")
+        if os.getpid() != self._pid:
+            raise ConfigurationError("the process was forked after start(): create the dispatcher in the child")
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigurationError("the dispatcher was started in another event loop: use it in that one")
+
+
+# -- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_settings(
+    profiles: Mapping[str, Profile],
+    concurrency: int,
+    endpoint_concurrency: int,
+    lease: float,
+    shutdown_timeout: float,
+    retention: timedelta | None,
+) -> None:
+    for name, value in (("concurrency", concurrency), ("endpoint_concurrency", endpoint_concurrency)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name}: must be a whole number of at least 1, not {value!r}")
+    longest = max(profile.timeouts.total for profile in profiles.values())
+    if lease < longest + LEASE_MARGIN:
+        raise ConfigurationError(
+            f"lease: {lease:g} s must be at least the longest total timeout + 5 s: {longest + 5:g} s"
+        )
+    if shutdown_timeout < 0:
+        raise ConfigurationError("shutdown_timeout: must be 0 or more seconds")
+    if retention is not None and retention <= timedelta(0):
+        raise ConfigurationError("retention: must be more than 0, or None to keep everything")
+
+
+def _storage(storage: str | Storage) -> Storage:
+    if isinstance(storage, Storage):
+        return storage
+    if storage == "memory:":
+        return MemoryStorage()
+    path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
+    if path in ("", storage) or path.startswith(":"):
+        raise ConfigurationError(
+            f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
+        )
+    return SQLiteStorage(path)
+
+
+def _encode(data: object) -> bytes:
+    try:
+        encoded = to_json(data)
+    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        raise ValidationFailed("data", f"cannot be encoded as JSON: {error}") from None
+    if len(encoded) > DATA_LIMIT:
+        raise ValidationFailed(
+            "data", f"is {len(encoded)} bytes of JSON, at most {DATA_LIMIT} are allowed: send a link"
+        )
+    if b"NaN" in encoded or b"Infinity" in encoded:
+        json.loads(encoded, parse_constant=_refuse_constant)
+    return encoded
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValidationFailed("data", f"holds {constant}, which JSON cannot express: use None or text")
+
+
+def _attributes(attributes: Mapping[str, AttributeValue] | None) -> dict[str, list[Scalar]]:
+    listed: dict[str, list[Scalar]] = {}
+    for key, value in (attributes or {}).items():
+        values = [value] if isinstance(value, (str, int)) else value
+        if not isinstance(values, (list, tuple, set, frozenset)) or not all(isinstance(v, (str, int)) for v in values):
+            raise ValidationFailed("attributes", f"{key!r} must be a str, int or bool, or a list of these")
+        listed[key] = list(values)
+    return listed
+
+
+_EVENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def _event_id(event_id: str) -> str:
+    if not isinstance(event_id, str) or not _EVENT_ID.fullmatch(event_id):
+        raise ValidationFailed("event_id", "must be 1 to 128 of a-z, A-Z, 0-9, _ and - (it is part of what is signed)")
+    return event_id
+
+
+def _idempotency_key(key: str | None) -> str | None:
+    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
+        raise ValidationFailed("idempotency_key", "must be text of 1 to 256 characters")
+    return key
+
+
+def _aware(field: str, moment: datetime) -> datetime:
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise ValidationFailed(field, "must be a datetime with a time zone, for example datetime.now(UTC)")
+    return moment

@@ -1,0 +1,89 @@
+"""Which endpoints want an event: a cache of all endpoints, exact to a revision that `enqueue` compares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hookwright._catalogue import candidates
+from hookwright._models import ALL_TENANTS, EndpointState
+from hookwright._secret import Secret
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hookwright._models import EndpointRow
+    from hookwright.storage._base import Storage
+
+Scalar = str | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class CachedEndpoint:
+    """An endpoint, with what matching and sending need made ready once."""
+
+    row: EndpointRow
+    filters: Mapping[str, frozenset[tuple[type, Scalar]]]
+    secrets: tuple[Secret, ...]
+
+    def wants(self, tenant: str | None, attributes: Mapping[str, frozenset[tuple[type, Scalar]]]) -> bool:
+        """Whether tenant and attributes fit: every filter's key must be present, and have a value in common."""
+        if self.row.tenant is not ALL_TENANTS and self.row.tenant != tenant:
+            return False
+        return all(allowed & attributes.get(key, frozenset()) for key, allowed in self.filters.items())
+
+
+def typed(values: Sequence[Scalar]) -> frozenset[tuple[type, Scalar]]:
+    """Return the values with their types: to Python True equals 1, to a filter it does not."""
+    return frozenset((type(value), value) for value in values)
+
+
+class EndpointCache:
+    """All endpoints as of `revision`, found by pattern."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._by_id: dict[str, CachedEndpoint] = {}
+        self._by_pattern: defaultdict[str, dict[str, CachedEndpoint]] = defaultdict(dict)
+        self._refreshing = asyncio.Lock()
+        self.revision = -1
+
+    async def refresh(self, seen: int) -> bool:
+        """Read what changed, unless the cache is beyond revision `seen` already; say whether an endpoint stopped."""
+        async with self._refreshing:
+            if self.revision > seen:
+                return False
+            changes = await self._storage.changes(self.revision)
+            for row in changes.endpoints:
+                self._replace(row)
+            self.revision = changes.revision
+            return any(row.deleted or row.state is EndpointState.DISABLED for row in changes.endpoints)
+
+    def _replace(self, row: EndpointRow) -> None:
+        old = self._by_id.pop(row.id, None)
+        for pattern in old.row.events if old is not None else ():
+            del self._by_pattern[pattern][row.id]
+            if not self._by_pattern[pattern]:
+                del self._by_pattern[pattern]
+        if row.deleted:
+            return
+        filters = {key: typed(values) for key, values in row.filters.items()}
+        new = CachedEndpoint(row, filters, tuple(Secret.text(key) for key in row.keys))
+        self._by_id[row.id] = new
+        for pattern in row.events:
+            self._by_pattern[pattern][row.id] = new
+
+    def get(self, endpoint_id: str) -> CachedEndpoint | None:
+        """Return it, or None when it does not exist (any more)."""
+        return self._by_id.get(endpoint_id)
+
+    def match(
+        self, event_type: str, tenant: str | None, attributes: Mapping[str, frozenset[tuple[type, Scalar]]]
+    ) -> list[CachedEndpoint]:
+        """Return the endpoints that want the event, each once."""
+        found: dict[str, CachedEndpoint] = {}
+        for pattern in candidates(event_type):
+            found |= self._by_pattern.get(pattern, {})
+        return [endpoint for endpoint in found.values() if endpoint.wants(tenant, attributes)]

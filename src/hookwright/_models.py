@@ -1,0 +1,310 @@
+"""The values: what applications read (pydantic, frozen) and what the hot path hands on (slotted dataclasses).
+
+`DELIVERY_STATES` is the delivery's state machine as a table; `docs/design.md` draws its diagram from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from hookwright._errors import ValidationFailed
+from hookwright._secret import Secret
+
+T = TypeVar("T")
+
+AttributeValue = str | int | bool | Sequence[str | int | bool]
+"""What an event's attribute may be: one value, or several of which any may match."""
+
+
+class AllTenants(StrEnum):
+    """The type of `ALL_TENANTS`."""
+
+    ALL = "*"
+
+
+ALL_TENANTS: Final = AllTenants.ALL
+"""`tenant=ALL_TENANTS`: the endpoint receives the events of every tenant, and of none."""
+
+Tenant = str | AllTenants | None
+
+
+class EndpointState(StrEnum):
+    """What an endpoint does with new events: deliver, hold, or record as skipped."""
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    DISABLED = "disabled"
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands. Waiting, leased and retrying are all `pending`: there is no "executing" to be stuck in."""
+
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SKIPPED = "skipped"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more happens by itself."""
+        return self is not DeliveryState.PENDING
+
+
+DELIVERY_STATES: Final[tuple[tuple[DeliveryState | None, str, DeliveryState], ...]] = (
+    (None, "emit", DeliveryState.PENDING),
+    (None, "emit, endpoint disabled", DeliveryState.SKIPPED),
+    (DeliveryState.PENDING, "attempt failed, retry due later", DeliveryState.PENDING),
+    (DeliveryState.PENDING, "2xx", DeliveryState.SUCCEEDED),
+    (DeliveryState.PENDING, "retries exhausted, 410 Gone, or body cannot be rendered", DeliveryState.FAILED),
+    (DeliveryState.PENDING, "endpoint disabled", DeliveryState.SKIPPED),
+    (DeliveryState.PENDING, "endpoint deleted", DeliveryState.CANCELLED),
+)
+"""(from, because of, to). `None` is before the delivery exists."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Event(_Frozen):
+    """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored."""
+
+    id: str
+    type: str
+    data: bytes
+    tenant: str | None = None
+    attributes: Mapping[str, Any] = {}
+    occurred_at: datetime
+    created_at: datetime
+    idempotency_key: str | None = None
+
+
+class Endpoint(_Frozen):
+    """A subscribed receiver. `secret` is set only on what `create` returned; header values are never read back."""
+
+    id: str
+    url: str
+    events: tuple[str, ...]
+    name: str | None = None
+    description: str | None = None
+    filters: Mapping[str, tuple[str | int | bool, ...]] = {}
+    metadata: Mapping[str, Any] = {}
+    header_names: tuple[str, ...] = ()
+    tenant: Tenant = None
+    profile: str = "default"
+    concurrency: int | None = None
+    timeout: float | None = None
+    state: EndpointState = EndpointState.ACTIVE
+    disabled_reason: str | None = None
+    created_at: datetime
+    updated_at: datetime
+    consecutive_failures: int = 0
+    secret: Secret | None = None
+
+
+class Delivery(_Frozen):
+    """One event on its way to one endpoint. `next_attempt_at` is None once the delivery has ended."""
+
+    id: str
+    event_id: str
+    event_type: str
+    endpoint_id: str
+    state: DeliveryState
+    attempt_count: int = 0
+    created_at: datetime
+    next_attempt_at: datetime | None = None
+    finished_at: datetime | None = None
+    last_status: int | None = None
+    last_error: str | None = None
+
+
+class Attempt(_Frozen):
+    """One HTTP try. `error` is a code (see `docs/design.md`), `detail` its cause in words; the body is as it came, capped."""
+
+    delivery_id: str
+    number: int
+    started_at: datetime
+    duration: float
+    status: int | None = None
+    error: str | None = None
+    detail: str | None = None
+    response_headers: tuple[tuple[str, str], ...] = ()
+    response_body: bytes = b""
+    response_truncated: bool = False
+    body_sha256: str | None = None
+
+
+class Page(_Frozen, Generic[T]):
+    """A slice of a list, newest first, and the cursor that continues it (None at the end)."""
+
+    items: tuple[T, ...]
+    next_cursor: str | None = None
+
+
+PAGE_LIMIT = 500
+"""Items on a page at most."""
+
+
+def check_limit(limit: int) -> int:
+    """Return a page's size, or raise ValidationFailed."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= PAGE_LIMIT:
+        raise ValidationFailed("limit", f"must be a whole number from 1 to {PAGE_LIMIT}, not {limit!r}")
+    return limit
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What `emit` returns once the event is safe. `duplicate`: it had been stored before, nothing was added."""
+
+    event_id: str
+    delivery_count: int
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event ready to be stored: validated, its data already bytes. Times in microseconds UTC."""
+
+    id: str
+    type: str
+    data: bytes
+    occurred_at: int
+    tenant: str | None = None
+    attributes: str = "{}"
+    idempotency_key: str | None = None
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewDelivery:
+    """One row of the fan-out. `available_at` 0 is at once, whatever a clock does; `skipped` rows are only recorded."""
+
+    id: str
+    endpoint_id: str
+    available_at: int = 0
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRow:
+    """An endpoint as storage keeps it, with what `Endpoint` never shows: the keys and the header values.
+
+    `revision` is the storage's endpoint counter at the last change of anything that matching or sending reads.
+    """
+
+    id: str
+    url: str
+    events: tuple[str, ...]
+    created_at: int
+    updated_at: int
+    keys: tuple[str, ...] = ()
+    name: str | None = None
+    description: str | None = None
+    filters: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    tenant: Tenant = None
+    profile: str = "default"
+    concurrency: int | None = None
+    timeout: float | None = None
+    state: EndpointState = EndpointState.ACTIVE
+    disabled_reason: str | None = None
+    deleted: bool = False
+    revision: int = 0
+    consecutive_failures: int = 0
+
+    def __repr__(self) -> str:
+        return f"EndpointRow(id={self.id!r}, revision={self.revision})"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to attempt a delivery until `until` (steady microseconds), under `token`.
+
+    `number` is the coming attempt's. `spent` is how many attempts have counted against the retry policy so far;
+    `interruptions` how often a process died with this delivery in flight; `taken_over` says that it just happened.
+    `proven` says that the endpoint answered its last attempt with success, in this process.
+    """
+
+    delivery_id: str
+    token: str
+    until: int
+    endpoint_id: str
+    endpoint_revision: int
+    event_id: str
+    event_type: str
+    data: bytes
+    tenant: str | None
+    occurred_at: int
+    created_at: int
+    due_at: int
+    number: int
+    spent: int
+    interruptions: int
+    taken_over: bool
+    proven: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claim brought, and when to come again: the next time anything becomes due (None: nothing is waiting)."""
+
+    leases: list[Lease]
+    next_due: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One try, as it is stored. Times in microseconds UTC."""
+
+    started_at: int
+    duration: int
+    status: int | None = None
+    error: str | None = None
+    detail: str | None = None
+    response_headers: tuple[tuple[str, str], ...] = ()
+    response_body: bytes = b""
+    response_truncated: bool = False
+    body_sha256: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A leased delivery's new state. `retry_in` (microseconds) goes with PENDING; `gone` disables the endpoint as well.
+
+    `attempt` is None when nothing was sent (the budget was already spent on interruptions).
+    """
+
+    delivery_id: str
+    token: str
+    endpoint_id: str
+    state: DeliveryState
+    attempt: AttemptRecord | None
+    retry_in: int = 0
+    gone: bool = False
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointHealth:
+    """How the endpoint does after a settled attempt; `disabled` when this very outcome disabled it."""
+
+    consecutive_failures: int
+    proven: bool
+    disabled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Whether the lease still held (if not, nothing was written), and the endpoint's new health."""
+
+    held: bool
+    health: EndpointHealth | None = None
+    next_attempt_at: int | None = None

@@ -1,0 +1,259 @@
+"""Claim, fill slots, deliver, wait; and stop without losing anything.
+
+The *half rule*: deliveries to endpoints that have not proven themselves in this process, whose last attempt failed, or
+that have had an attempt in flight for over a second, hold together at most half the slots. So endpoints that hang can
+never take all of them, and nobody waits for a neighbour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from hookwright._clock import SECOND
+from hookwright._errors import StorageClosed, StorageError, WaitTimeout
+from hookwright._models import EndpointState
+from hookwright._observe import WorkerFailed
+from hookwright.storage._base import ClaimRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hookwright._clock import Clock
+    from hookwright._delivery import Deliverer
+    from hookwright._matching import EndpointCache
+    from hookwright._models import Claim, Lease
+    from hookwright._observe import ObserverHub
+    from hookwright.storage._base import Storage
+
+_logger = logging.getLogger("hookwright")
+
+SLOW = 1 * SECOND
+"""An endpoint with an attempt in flight for longer than this counts as unproven."""
+
+_BACKOFF_MOST = 30.0
+_RELEASE_GRACE = 1.0
+"""Seconds for giving leases back at shutdown; what is not given back is freed by whoever delivers next."""
+
+
+class _InFlight:
+    """What one endpoint has in flight: when each attempt was started, oldest first."""
+
+    __slots__ = ("proven", "started")
+
+    def __init__(self) -> None:
+        self.proven = False
+        self.started: dict[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one look for work found: whether there is nothing to do at all now, and when to look again by itself."""
+
+    idle: bool
+    delay: float | None
+
+
+class Worker:
+    """Claims deliveries and carries them out, `concurrency` at a time."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        deliverer: Deliverer,
+        *,
+        cache: EndpointCache,
+        clock: Clock,
+        observers: ObserverHub,
+        concurrency: int,
+        endpoint_concurrency: int,
+        lease: float,
+        on_stopped_endpoints: Callable[[], None],
+    ) -> None:
+        self._storage = storage
+        self._deliverer = deliverer
+        self._cache = cache
+        self._clock = clock
+        self._observers = observers
+        self._concurrency = concurrency
+        self._endpoint_concurrency = endpoint_concurrency
+        self._lease = round(lease * SECOND)
+        self._on_stopped_endpoints = on_stopped_endpoints
+        self._endpoints: dict[str, _InFlight] = {}
+        self._tasks: dict[asyncio.Task[None], Lease] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._ended = asyncio.Event()
+        self._failures = 0
+        self._drainers: list[asyncio.Future[None]] = []
+
+    @property
+    def in_flight(self) -> int:
+        """How many slots are taken: a slot is free only when its result is on disk."""
+        return len(self._tasks)
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Deliver until `stop`."""
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                drainers, self._drainers = self._drainers, []
+                found = await self._claim_and_start()
+                if found.idle:
+                    _resolve(drainers)
+                else:
+                    self._drainers[:0] = drainers
+                await self._sleep(found.delay)
+        finally:
+            self._ended.set()
+
+    async def _claim_and_start(self) -> _Pass:
+        free = self._concurrency - len(self._tasks)
+        if free <= 0:
+            return _Pass(idle=False, delay=None)
+        try:
+            claim = await self._storage.claim(self._request(free))
+            await self._refresh_endpoints(claim)
+        except StorageClosed:
+            self._stopping = True
+            return _Pass(idle=False, delay=None)
+        except Exception as error:  # noqa: BLE001  # a worker that ends silently is the worst that can happen
+            return self._back_off(error)
+        self._failures = 0
+        if self._stopping:
+            await self._give_back(claim.leases, sent=False)
+            return _Pass(idle=False, delay=None)
+        for lease in claim.leases:
+            self._start(lease)
+        delay = None if claim.next_due is None else max(0.0, (claim.next_due - self._clock.now()) / SECOND)
+        return _Pass(idle=not self._tasks, delay=delay)
+
+    def _request(self, free: int) -> ClaimRequest:
+        slow_before = self._clock.now() - SLOW
+        slow = {id for id, endpoint in self._endpoints.items() if next(iter(endpoint.started.values())) < slow_before}
+        unproven = sum(
+            len(endpoint.started) for id, endpoint in self._endpoints.items() if not endpoint.proven or id in slow
+        )
+        return ClaimRequest(
+            limit=free,
+            unproven_limit=max(0, max(1, self._concurrency // 2) - unproven),
+            lease=self._lease,
+            endpoint_concurrency=self._endpoint_concurrency,
+            in_flight={id: endpoint.started.keys() for id, endpoint in self._endpoints.items()},
+            slow=slow,
+        )
+
+    async def _refresh_endpoints(self, claim: Claim) -> None:
+        # The claim is the last judge: an endpoint that changed since the cache was read is read again before it is used.
+        newest = max((lease.endpoint_revision for lease in claim.leases), default=-1)
+        if newest > self._cache.revision and await self._cache.refresh(newest - 1):
+            self._on_stopped_endpoints()
+
+    def _back_off(self, error: Exception) -> _Pass:
+        delay = min(_BACKOFF_MOST, 2.0**self._failures)
+        self._failures = min(self._failures + 1, 10)
+        if self._failures == 1:
+            _logger.exception("deliveries cannot be claimed; trying again until they can")
+        self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=delay))
+        return _Pass(idle=False, delay=delay)
+
+    async def _sleep(self, delay: float | None) -> None:
+        timer = None if delay is None else self._clock.call_later(delay, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _start(self, lease: Lease) -> None:
+        endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
+        endpoint.proven = lease.proven
+        endpoint.started[lease.delivery_id] = self._clock.now()
+        task = asyncio.get_running_loop().create_task(self._carry_out(lease, endpoint))
+        self._tasks[task] = lease
+        task.add_done_callback(self._free_slot)
+
+    async def _carry_out(self, lease: Lease, endpoint: _InFlight) -> None:
+        try:
+            settled = await self._deliverer.deliver(lease)
+        except StorageClosed:
+            return
+        except Exception as error:
+            # A defect of ours. The lease ends by itself, and counts as an interruption.
+            _logger.exception("delivery %s could not be carried out", lease.delivery_id)
+            self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
+            return
+        if settled is not None and settled.health is not None:
+            endpoint.proven = settled.health.proven
+        cached = self._cache.get(lease.endpoint_id)
+        stopped = cached is None or cached.row.state is EndpointState.DISABLED
+        if stopped or (settled is not None and settled.health is not None and settled.health.disabled):
+            self._on_stopped_endpoints()
+
+    def _free_slot(self, task: asyncio.Task[None]) -> None:
+        lease = self._tasks.pop(task)
+        endpoint = self._endpoints[lease.endpoint_id]
+        del endpoint.started[lease.delivery_id]
+        if not endpoint.started:
+            del self._endpoints[lease.endpoint_id]
+        self._wake.set()
+
+    async def drain(self, timeout: float | None) -> None:
+        """Return when nothing can be claimed now and nothing is in flight. Raises WaitTimeout after `timeout` seconds."""
+        drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._drainers.append(drained)
+        self._wake.set()
+        if not await self._before(timeout, {drained}):
+            drained.cancel()
+            raise WaitTimeout(f"{self.in_flight} deliveries are still in flight, or more are due, after {timeout:g} s")
+
+    async def stop(self, timeout: float) -> None:
+        """Claim no more, wait for what is in flight, then cancel the rest and give its leases back at no cost."""
+        self._stopping = True
+        self._wake.set()
+        ended = asyncio.ensure_future(self._ended.wait())
+        await self._before(timeout, {ended, *self._tasks})
+        ended.cancel()
+        unfinished = dict(self._tasks)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)
+            with anyio.move_on_after(_RELEASE_GRACE):
+                await self._give_back(list(unfinished.values()), sent=True)
+        _resolve(self._drainers)
+
+    async def _before(self, timeout: float | None, futures: set[asyncio.Future[Any]]) -> bool:
+        """Wait until all are done, at most `timeout` seconds of the clock; say whether they are."""
+        everything = asyncio.ensure_future(asyncio.wait(futures))
+        expired = asyncio.Event()
+        timer = None if timeout is None else self._clock.call_later(timeout, expired.set)
+        waiter = asyncio.ensure_future(expired.wait())
+        try:
+            await asyncio.wait({everything, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            return everything.done()
+        finally:
+            everything.cancel()
+            waiter.cancel()
+            if timer is not None:
+                timer.cancel()
+
+    async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
+        try:
+            await self._storage.release(leases, sent=sent)
+        except StorageError as error:
+            _logger.warning("%d leases could not be given back: %s", len(leases), error)
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -1,0 +1,1 @@
+"""Where it all lives: the contract and its implementations."""

@@ -1,0 +1,226 @@
+"""The storage contract. A backend keeps these promises; `hookwright.testing.StorageContract` proves that it does.
+
+Semantic verbs, no policy, no events, no logging. Every verb that writes is one transaction: after an error or a
+cancelled caller everything of it is there, or nothing. Times are microseconds UTC of the clock given to `open`
+(PostgreSQL uses its own). Words: a *lane* is an endpoint's place in the queue; a *row* is a delivery.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from hookwright._clock import Clock
+    from hookwright._models import (
+        Attempt,
+        Claim,
+        Delivery,
+        DeliveryState,
+        EndpointRow,
+        EndpointState,
+        Event,
+        Lease,
+        NewDelivery,
+        NewEvent,
+        Outcome,
+        Page,
+        Receipt,
+        Settled,
+    )
+
+FREE_INTERRUPTIONS = 3
+"""So many crashes of ours cost a delivery nothing; each later one costs an attempt, so that a poison pill ends."""
+
+SWEEP_ROWS = 500
+"""Rows that one `sweep` transaction changes at most: a bigger one would stop every other writer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """How much to claim, and of what.
+
+    `limit` rows at most; of these at most `unproven_limit` from endpoints that are not proven or are in `slow`.
+    `in_flight` names the rows that this process holds, by endpoint: they are never claimed again and take up their
+    endpoint's room. `endpoint_concurrency` is the room of an endpoint that sets none. `lease` is in microseconds.
+    """
+
+    limit: int
+    unproven_limit: int
+    lease: int
+    endpoint_concurrency: int
+    in_flight: Mapping[str, Collection[str]]
+    slow: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked."""
+
+    revision: int
+    endpoints: Sequence[EndpointRow]
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryFilter:
+    """What `list_deliveries` and `count_deliveries` narrow by; None narrows nothing."""
+
+    state: DeliveryState | None = None
+    endpoint_id: str | None = None
+    event_id: str | None = None
+    event_type: str | None = None
+    since: int | None = None
+    tenant: str | None = None
+
+
+class Storage(ABC):
+    """Where events, deliveries, attempts and endpoints live."""
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def open(self, clock: Clock) -> None:
+        """Connect and migrate forward, all or nothing.
+
+        Raises SchemaTooNew, StorageCorrupt, StorageBusy or StorageFull, and has then changed nothing.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish what was asked for, give up the right to deliver, and disconnect. Harmless when repeated.
+
+        Every later verb raises StorageClosed.
+        """
+
+    @abstractmethod
+    async def acquire(self) -> bool:
+        """Try to become the one that delivers; say whether this storage object now is.
+
+        Whoever becomes it (the first True) frees the leases of those that died: their rows are available at once, and
+        their tokens stay until the next claim, which records the interruption. No endpoint is proven any more.
+        """
+
+    # -- the outbox ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+        """Store the event and its rows in one durable transaction, and make each row's lane due no later than the row.
+
+        Raises StaleEndpoints when the endpoint counter is no longer `endpoints_revision`, and Conflict when the
+        idempotency key or event id was used for something else (another digest). When it was used for the same,
+        nothing is written and the first event's receipt is returned with `duplicate=True`. Rows of skipped
+        deliveries are stored in state `skipped`, and are not counted in the receipt.
+        """
+
+    @abstractmethod
+    async def claim(self, request: ClaimRequest) -> Claim:
+        """Lease rows that are due, under fresh tokens; `available_at` becomes the lease's end.
+
+        A lane is open when it is due, not held, and has room. The room of a proven endpoint is what it earned: 2 after
+        its first success, then doubled by each success up to its cap; the room of any other endpoint is 1.
+        Open lanes are served in turn: one that was just served comes after those that waited. Within a lane, the row
+        that has been due longest comes first. The cost is bound by `limit` and `in_flight`, not by the backlog.
+
+        A row whose token is not NULL is taken over from a process that died: an `interrupted` attempt is written,
+        `interruptions` counts it, and the lease says `taken_over`.
+
+        `next_due` is the earliest time after now at which a lane becomes open to a worker that holds nothing; lanes
+        that are due already but found no room are not in it: they open when something settles.
+        """
+
+    @abstractmethod
+    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+        """Write attempt, delivery state and endpoint health for each outcome whose token is still the row's.
+
+        A stale token changes nothing and is answered with `held=False`. An expired lease that nobody took settles.
+        A success proves the endpoint and resets its failures, anything else that `counts` adds one and unproves it.
+        PENDING makes the row available after `retry_in`. `gone` disables the endpoint (reason `gone`) in the same
+        transaction. A row of a disabled or deleted endpoint that would be retried is left to `sweep`.
+        """
+
+    @abstractmethod
+    async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
+        """Give leases back: available as scheduled, no token. With `sent`, an `interrupted` attempt that costs nothing
+        is recorded for each, since a request may have left. `hold` (microseconds from now) closes their lanes until
+        then; `set_endpoint_state` ends a hold early. Stale tokens change nothing.
+        """
+
+    @abstractmethod
+    async def sweep(self) -> bool:
+        """Mark waiting rows of disabled endpoints `skipped` and of deleted ones `cancelled`, SWEEP_ROWS at most.
+
+        Rows that are leased are left until their lease has ended. Says whether more remains to be done now.
+        """
+
+    @abstractmethod
+    async def wait(self, timeout: float) -> bool:
+        """Wait until another process may have written, at most `timeout` seconds of real time; say whether it may."""
+
+    # -- endpoints ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def create_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """Store a new endpoint and its lane under the next revision, which the answer carries. Conflict: the id exists."""
+
+    @abstractmethod
+    async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """Replace what the application sets (not state, health or created_at) under the next revision.
+
+        Raises Conflict when the stored revision is no longer `endpoint.revision`: somebody else changed it in between.
+        Raises NotFound for an unknown or deleted id.
+        """
+
+    @abstractmethod
+    async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
+        """Pause, disable or activate, endpoint and lane at once, under the next revision. NotFound: unknown or deleted.
+
+        Paused: rows wait. Disabled: rows are swept. Active: rows that still wait are due as scheduled.
+        """
+
+    @abstractmethod
+    async def delete_endpoint(self, endpoint_id: str) -> None:
+        """Leave a tombstone without url, keys, headers and metadata, under the next revision. NotFound: unknown or deleted."""
+
+    @abstractmethod
+    async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
+        """Return it. NotFound: unknown or deleted."""
+
+    @abstractmethod
+    async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
+        """List newest first. `tenant` None lists all. ValidationFailed: a cursor that we did not make."""
+
+    @abstractmethod
+    async def changes(self, since_revision: int) -> Changes:
+        """Return the endpoints with a greater revision, tombstones included, and the counter's value."""
+
+    # -- history ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def get_event(self, event_id: str) -> Event:
+        """Return it. NotFound: unknown."""
+
+    @abstractmethod
+    async def get_delivery(self, delivery_id: str) -> Delivery:
+        """Return it. NotFound: unknown."""
+
+    @abstractmethod
+    async def list_deliveries(self, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
+        """List newest first. ValidationFailed: a cursor that we did not make, or made for other filters."""
+
+    @abstractmethod
+    async def count_deliveries(self, where: DeliveryFilter) -> int:
+        """Count what `list_deliveries` would list."""
+
+    @abstractmethod
+    async def attempts(self, delivery_id: str) -> list[Attempt]:
+        """Return the attempts of a delivery, oldest first. NotFound: unknown delivery."""
+
+    @abstractmethod
+    async def prune(self, before: int) -> int:
+        """Delete events created before, with deliveries and attempts, unless one is pending; SWEEP_ROWS events at most.
+
+        Returns how many events went.
+        """

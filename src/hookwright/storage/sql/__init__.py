@@ -1,0 +1,1 @@
+"""Migrations: numbered, forward only; each is applied whole or not at all."""

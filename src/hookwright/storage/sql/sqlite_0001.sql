@@ -1,0 +1,103 @@
+-- Times are integer microseconds UTC. Ids sort by time, so that inserts append to every index that ends in one.
+
+CREATE TABLE hookwright_endpoint (
+    id TEXT PRIMARY KEY,
+    revision INTEGER NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0,
+    state TEXT NOT NULL,
+    disabled_reason TEXT,
+    tenant TEXT,
+    all_tenants INTEGER NOT NULL DEFAULT 0,
+    url TEXT NOT NULL,
+    events TEXT NOT NULL,
+    filters TEXT NOT NULL,
+    name TEXT,
+    description TEXT,
+    metadata TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    keys TEXT NOT NULL,
+    profile TEXT NOT NULL,
+    concurrency INTEGER,
+    timeout REAL,
+    created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX hookwright_endpoint_revision ON hookwright_endpoint (revision);
+
+CREATE TABLE hookwright_event (
+    id TEXT PRIMARY KEY,
+    type TEXT NOT NULL,
+    tenant TEXT,
+    data BLOB NOT NULL,
+    attributes TEXT NOT NULL,
+    occurred_at INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    idempotency_key TEXT,
+    digest BLOB,
+    delivery_count INTEGER NOT NULL
+);
+
+CREATE UNIQUE INDEX hookwright_event_idempotency ON hookwright_event (idempotency_key)
+WHERE idempotency_key IS NOT NULL;
+
+CREATE INDEX hookwright_event_created ON hookwright_event (created_at);
+
+-- available_at is the queue's column only: 0 is at once, a lease moves it to its own end, so a crash heals by itself.
+-- scheduled_at is what users see; NULL once the delivery has ended. token NULL: not leased.
+CREATE TABLE hookwright_delivery (
+    id TEXT PRIMARY KEY,
+    event_id TEXT NOT NULL,
+    endpoint_id TEXT NOT NULL,
+    state TEXT NOT NULL,
+    available_at INTEGER NOT NULL,
+    scheduled_at INTEGER,
+    token TEXT,
+    attempt_count INTEGER NOT NULL DEFAULT 0,
+    interruptions INTEGER NOT NULL DEFAULT 0,
+    budget_from INTEGER NOT NULL DEFAULT 0,
+    created_at INTEGER NOT NULL,
+    finished_at INTEGER,
+    last_status INTEGER,
+    last_error TEXT
+) WITHOUT ROWID;
+
+CREATE INDEX hookwright_delivery_queue ON hookwright_delivery (endpoint_id, available_at, id)
+WHERE state = 'pending';
+
+CREATE INDEX hookwright_delivery_leased ON hookwright_delivery (endpoint_id)
+WHERE token IS NOT NULL;
+
+CREATE INDEX hookwright_delivery_event ON hookwright_delivery (event_id);
+
+CREATE INDEX hookwright_delivery_endpoint ON hookwright_delivery (endpoint_id, id);
+
+CREATE TABLE hookwright_attempt (
+    delivery_id TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    started_at INTEGER NOT NULL,
+    duration INTEGER NOT NULL,
+    status INTEGER,
+    error TEXT,
+    detail TEXT,
+    response_headers TEXT,
+    response_body BLOB,
+    response_truncated INTEGER NOT NULL DEFAULT 0,
+    body_sha256 BLOB,
+    PRIMARY KEY (delivery_id, number)
+) WITHOUT ROWID;
+
+-- One row for each endpoint. due_at: early, never late (see _outbox.py); hold_until: everything that makes it wait.
+CREATE TABLE hookwright_lane (
+    endpoint_id TEXT PRIMARY KEY,
+    due_at INTEGER NOT NULL,
+    hold_until INTEGER NOT NULL DEFAULT 0,
+    earned INTEGER NOT NULL DEFAULT 0,
+    cap INTEGER,
+    failures INTEGER NOT NULL DEFAULT 0,
+    sweep TEXT
+) WITHOUT ROWID;
+
+CREATE INDEX hookwright_lane_ready ON hookwright_lane (earned > 0, max(due_at, hold_until));
+
+CREATE INDEX hookwright_lane_sweep ON hookwright_lane (sweep) WHERE sweep IS NOT NULL;

@@ -1,0 +1,229 @@
+"""The default storage: one SQLite file, WAL and FULL, one writing connection, group commit."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hookwright._errors import ConfigurationError
+from hookwright.storage._base import Storage
+from hookwright.storage.sqlite import _endpoints, _history, _outbox, _schema
+from hookwright.storage.sqlite._owner import Connected, Database, Owner, closed, convert, transaction
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from typing import TypeVar
+
+    from hookwright._clock import Clock
+    from hookwright._models import (
+        Attempt,
+        Claim,
+        Delivery,
+        EndpointRow,
+        EndpointState,
+        Event,
+        Lease,
+        NewDelivery,
+        NewEvent,
+        Outcome,
+        Page,
+        Receipt,
+        Settled,
+    )
+    from hookwright.storage._base import Changes, ClaimRequest, DeliveryFilter
+
+    T = TypeVar("T")
+
+__all__ = ["SQLiteStorage"]
+
+_POLL = 0.25
+"""Seconds between looks at `PRAGMA data_version`, which tells (48 us a look) whether another connection committed."""
+
+
+class SQLiteStorage(Storage):
+    """One SQLite file. It is created readable by its owner only; its folder must exist.
+
+    Every write is a transaction that has been fsynced when the verb returns. Whatever is asked for while one is being
+    written goes into the next together, so that many writers cost little more than one. Several processes may open
+    the same file: all emit, one delivers (`acquire`). `transactions` counts the commits of this object.
+
+    >>> SQLiteStorage("hooks.db")
+    SQLiteStorage('hooks.db')
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._clock: Clock | None = None
+        self._owner: Owner | None = None
+        self._reader: Connected | None = None
+        self._lock = _schema.DeliverLock(self._path)
+        self._closing = asyncio.Event()
+        self._version: int | None = None
+
+    def __repr__(self) -> str:
+        return f"SQLiteStorage({str(self._path)!r})"
+
+    @property
+    def transactions(self) -> int:
+        """How many transactions were committed since `open`; an exact figure for tests and benchmarks."""
+        return self._owner.transactions if self._owner is not None else 0
+
+    async def open(self, clock: Clock) -> None:
+        """See `Storage.open`. Raises ConfigurationError when it is open already."""
+        if self._owner is not None:
+            raise ConfigurationError("this SQLiteStorage is open already: give each dispatcher its own")
+        self._closing.clear()
+        try:
+            _schema.create_file(self._path)
+        except OSError as error:
+            raise convert(error) from error
+        owner, reader = Owner(self._path), Connected(self._path)
+        await owner.open(_schema.prepare_writer)
+        try:
+            await reader.open(_schema.prepare_reader)
+        except BaseException:
+            await owner.close()
+            raise
+        self._clock, self._owner, self._reader = clock, owner, reader
+
+    async def close(self) -> None:
+        """See `Storage.close`."""
+        owner, self._owner = self._owner, None
+        reader, self._reader = self._reader, None
+        self._closing.set()
+        if reader is not None:
+            await reader.close()
+        if owner is not None:
+            await owner.call(lambda _: self._lock.release())
+            await owner.close()
+
+    async def acquire(self) -> bool:
+        """See `Storage.acquire`."""
+        owner, now = self._opened(), self._now()
+        held = self._lock.held
+        if not await owner.call(lambda _: self._lock.acquire()):
+            return False
+        if not held:
+            await owner.submit(lambda database: _outbox.free_leases(database, now))
+        return True
+
+    async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+        """See `Storage.enqueue`."""
+        return await self._write(
+            lambda database, now: _outbox.enqueue(
+                database, event, deliveries, endpoints_revision=endpoints_revision, now=now
+            )
+        )
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        """See `Storage.claim`."""
+        return await self._write(lambda database, now: _outbox.claim(database, request, now))
+
+    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+        """See `Storage.settle`."""
+        return await self._write(lambda database, now: _outbox.settle(database, outcomes, now))
+
+    async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
+        """See `Storage.release`."""
+        await self._write(lambda database, now: _outbox.release(database, leases, sent=sent, hold=hold, now=now))
+
+    async def sweep(self) -> bool:
+        """See `Storage.sweep`."""
+        return await self._write(_outbox.sweep)
+
+    async def wait(self, timeout: float) -> bool:
+        """See `Storage.wait`."""
+        until = asyncio.get_running_loop().time() + timeout
+        while (left := until - asyncio.get_running_loop().time()) > 0:
+            try:
+                await asyncio.wait_for(self._closing.wait(), min(left, _POLL))
+            except TimeoutError:
+                # On the writing connection, whose data_version does not count its own commits.
+                version = await self._opened().call(_schema.data_version)
+                changed, self._version = self._version not in {None, version}, version
+                if changed:
+                    return True
+            else:
+                return False
+        return False
+
+    async def create_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """See `Storage.create_endpoint`."""
+        return await self._write(lambda database, _: _endpoints.create(database, endpoint))
+
+    async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """See `Storage.update_endpoint`."""
+        return await self._write(lambda database, _: _endpoints.update(database, endpoint))
+
+    async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
+        """See `Storage.set_endpoint_state`."""
+        return await self._write(
+            lambda database, now: _endpoints.change_state(database, endpoint_id, state, reason=reason, now=now)
+        )
+
+    async def delete_endpoint(self, endpoint_id: str) -> None:
+        """See `Storage.delete_endpoint`."""
+        await self._write(lambda database, now: _endpoints.delete(database, endpoint_id, now))
+
+    async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
+        """See `Storage.get_endpoint`."""
+        return await self._read(lambda database: _endpoints.get(database, endpoint_id))
+
+    async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
+        """See `Storage.list_endpoints`."""
+        return await self._read(lambda database: _endpoints.page(database, limit=limit, cursor=cursor, tenant=tenant))
+
+    async def changes(self, since_revision: int) -> Changes:
+        """See `Storage.changes`."""
+        return await self._read(lambda database: _endpoints.changes(database, since_revision))
+
+    async def get_event(self, event_id: str) -> Event:
+        """See `Storage.get_event`."""
+        return await self._read(lambda database: _history.get_event(database, event_id))
+
+    async def get_delivery(self, delivery_id: str) -> Delivery:
+        """See `Storage.get_delivery`."""
+        return await self._read(lambda database: _history.get_delivery(database, delivery_id))
+
+    async def list_deliveries(self, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
+        """See `Storage.list_deliveries`."""
+        return await self._read(lambda database: _history.list_deliveries(database, where, limit=limit, cursor=cursor))
+
+    async def count_deliveries(self, where: DeliveryFilter) -> int:
+        """See `Storage.count_deliveries`."""
+        return await self._read(lambda database: _history.count_deliveries(database, where))
+
+    async def attempts(self, delivery_id: str) -> list[Attempt]:
+        """See `Storage.attempts`."""
+        return await self._read(lambda database: _history.attempts(database, delivery_id))
+
+    async def prune(self, before: int) -> int:
+        """See `Storage.prune`."""
+        return await self._write(lambda database, _: _history.prune(database, before))
+
+    def _opened(self) -> Owner:
+        if self._owner is None:
+            raise closed()
+        return self._owner
+
+    def _now(self) -> int:
+        if self._clock is None:
+            raise closed()
+        return self._clock.now()
+
+    async def _write(self, operation: Callable[[Database, int], T]) -> T:
+        owner = self._opened()
+        # The time is taken in the transaction, not when it was asked for: it may have waited for a lock meanwhile.
+        return await owner.submit(lambda database: operation(database, self._now()))
+
+    async def _read(self, operation: Callable[[Database], T]) -> T:
+        if self._reader is None:
+            raise closed()
+
+        def read(database: Database) -> T:
+            with transaction(database, "BEGIN"):
+                return operation(database)
+
+        return await self._reader.call(read)

@@ -1,0 +1,182 @@
+"""Endpoints: each write is a function of a connection inside a transaction, and takes the next revision."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from hookwright._clock import FOREVER
+from hookwright._errors import Conflict, NotFound
+from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Page
+from hookwright.storage._base import Changes
+from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage.sqlite._outbox import bump_revision, revision, set_state
+
+if TYPE_CHECKING:
+    from hookwright.storage.sqlite._owner import Database
+
+_COLUMNS = (
+    "id",
+    "revision",
+    "deleted",
+    "state",
+    "disabled_reason",
+    "tenant",
+    "all_tenants",
+    "url",
+    "events",
+    "filters",
+    "name",
+    "description",
+    "metadata",
+    "headers",
+    "keys",
+    "profile",
+    "concurrency",
+    "timeout",
+    "created_at",
+    "updated_at",
+)
+_SELECT = (
+    f"SELECT {', '.join('p.' + column for column in _COLUMNS)}, coalesce(l.failures, 0)"
+    " FROM hookwright_endpoint AS p LEFT JOIN hookwright_lane AS l ON l.endpoint_id = p.id"
+)
+_SET_BY_APPLICATION = (
+    "revision",
+    "tenant",
+    "all_tenants",
+    "url",
+    "events",
+    "filters",
+    "name",
+    "description",
+    "metadata",
+    "headers",
+    "keys",
+    "profile",
+    "concurrency",
+    "timeout",
+    "updated_at",
+)
+
+
+def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
+    """See `Storage.create_endpoint`."""
+    if database.execute("SELECT 1 FROM hookwright_endpoint WHERE id = ?", (endpoint.id,)).fetchone():
+        raise Conflict(f"id: there is an endpoint {endpoint.id} already")
+    values = _to_columns(endpoint) | {"revision": bump_revision(database)}
+    names = ", ".join(f":{column}" for column in _COLUMNS)
+    database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)  # noqa: S608  # names are ours
+    database.execute(
+        "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap) VALUES (?, ?, ?, ?)",
+        (endpoint.id, FOREVER, 0 if endpoint.state is EndpointState.ACTIVE else FOREVER, endpoint.concurrency),
+    )
+    return get(database, endpoint.id)
+
+
+def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
+    """See `Storage.update_endpoint`."""
+    stored = get(database, endpoint.id)
+    if stored.revision != endpoint.revision:
+        raise Conflict(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
+    values = _to_columns(endpoint) | {"revision": bump_revision(database)}
+    assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
+    database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)  # noqa: S608  # names are ours
+    database.execute("UPDATE hookwright_lane SET cap = :concurrency WHERE endpoint_id = :id", values)
+    return get(database, endpoint.id)
+
+
+def change_state(
+    database: Database, endpoint_id: str, state: EndpointState, *, reason: str | None, now: int
+) -> EndpointRow:
+    """See `Storage.set_endpoint_state`."""
+    get(database, endpoint_id)
+    set_state(database, endpoint_id, state.value, reason=reason, now=now)
+    return get(database, endpoint_id)
+
+
+def delete(database: Database, endpoint_id: str, now: int) -> None:
+    """See `Storage.delete_endpoint`."""
+    get(database, endpoint_id)
+    database.execute(
+        "UPDATE hookwright_endpoint SET deleted = 1, revision = ?, updated_at = ?, state = 'disabled', url = '',"
+        " events = '[]', filters = '{}', metadata = '{}', headers = '[]', keys = '[]', name = NULL, description = NULL"
+        " WHERE id = ?",
+        (bump_revision(database), now, endpoint_id),
+    )
+    database.execute(
+        "UPDATE hookwright_lane SET hold_until = ?, sweep = 'cancelled' WHERE endpoint_id = ?", (FOREVER, endpoint_id)
+    )
+
+
+def get(database: Database, endpoint_id: str) -> EndpointRow:
+    """See `Storage.get_endpoint`."""
+    row = database.execute(_SELECT + " WHERE p.id = ? AND p.deleted = 0", (endpoint_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no endpoint {endpoint_id!r}")
+    return _to_row(row)
+
+
+def page(database: Database, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
+    """See `Storage.list_endpoints`."""
+    where, values = "p.deleted = 0", []
+    if tenant is not None:
+        where += " AND p.tenant = ?"
+        values.append(tenant)
+    if cursor is not None:
+        where += " AND p.id < ?"
+        values.append(decode_cursor(cursor, "endpoints", tenant))
+    rows = database.execute(f"{_SELECT} WHERE {where} ORDER BY p.id DESC LIMIT ?", [*values, limit + 1]).fetchall()
+    items = tuple(_to_row(row) for row in rows[:limit])
+    more = len(rows) > limit
+    return Page(items=items, next_cursor=encode_cursor("endpoints", tenant, items[-1].id) if more else None)
+
+
+def changes(database: Database, since_revision: int) -> Changes:
+    """See `Storage.changes`."""
+    rows = database.execute(_SELECT + " WHERE p.revision > ? ORDER BY p.revision", (since_revision,)).fetchall()
+    return Changes(revision(database), [_to_row(row) for row in rows])
+
+
+def _to_columns(endpoint: EndpointRow) -> dict[str, Any]:
+    everyone = endpoint.tenant is ALL_TENANTS
+    return {
+        "id": endpoint.id,
+        "deleted": 0,
+        "state": endpoint.state.value,
+        "disabled_reason": endpoint.disabled_reason,
+        "tenant": None if everyone else endpoint.tenant,
+        "all_tenants": int(everyone),
+        "url": endpoint.url,
+        "events": json.dumps(endpoint.events),
+        "filters": json.dumps(dict(endpoint.filters)),
+        "name": endpoint.name,
+        "description": endpoint.description,
+        "metadata": json.dumps(dict(endpoint.metadata)),
+        "headers": json.dumps(endpoint.headers),
+        "keys": json.dumps(endpoint.keys),
+        "profile": endpoint.profile,
+        "concurrency": endpoint.concurrency,
+        "timeout": endpoint.timeout,
+        "created_at": endpoint.created_at,
+        "updated_at": endpoint.updated_at,
+    }
+
+
+def _to_row(row: tuple[Any, ...]) -> EndpointRow:
+    values = dict(zip(_COLUMNS, row, strict=False))
+    everyone = values.pop("all_tenants")
+    return EndpointRow(
+        **values
+        | {
+            "deleted": bool(values["deleted"]),
+            "state": EndpointState(values["state"]),
+            "tenant": ALL_TENANTS if everyone else values["tenant"],
+            "events": tuple(json.loads(values["events"])),
+            "filters": {key: tuple(allowed) for key, allowed in json.loads(values["filters"]).items()},
+            "metadata": json.loads(values["metadata"]),
+            "headers": tuple((name, value) for name, value in json.loads(values["headers"])),
+            "keys": tuple(json.loads(values["keys"])),
+            "consecutive_failures": row[-1],
+        }
+    )

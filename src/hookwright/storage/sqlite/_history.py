@@ -1,0 +1,148 @@
+"""What happened: events, deliveries, attempts. Reads run on the read-only connection; `prune` on the writing one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+
+from hookwright._clock import to_datetime
+from hookwright._errors import NotFound
+from hookwright._models import Attempt, Delivery, DeliveryState, Event, Page
+from hookwright.storage._base import SWEEP_ROWS
+from hookwright.storage._cursor import decode_cursor, encode_cursor
+
+if TYPE_CHECKING:
+    from hookwright.storage._base import DeliveryFilter
+    from hookwright.storage.sqlite._owner import Database
+
+_DELIVERY = (
+    "SELECT d.id, d.event_id, e.type, d.endpoint_id, d.state, d.attempt_count, d.created_at, d.scheduled_at,"
+    " d.finished_at, d.last_status, d.last_error"
+    " FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id"
+)
+
+
+def get_event(database: Database, event_id: str) -> Event:
+    """See `Storage.get_event`."""
+    row = database.execute(
+        "SELECT id, type, data, tenant, attributes, occurred_at, created_at, idempotency_key FROM hookwright_event"
+        " WHERE id = ?",
+        (event_id,),
+    ).fetchone()
+    if row is None:
+        raise NotFound(f"there is no event {event_id!r}")
+    return Event(
+        id=row[0],
+        type=row[1],
+        data=row[2],
+        tenant=row[3],
+        attributes=json.loads(row[4]),
+        occurred_at=to_datetime(row[5]),
+        created_at=to_datetime(row[6]),
+        idempotency_key=row[7],
+    )
+
+
+def get_delivery(database: Database, delivery_id: str) -> Delivery:
+    """See `Storage.get_delivery`."""
+    row = database.execute(_DELIVERY + " WHERE d.id = ?", (delivery_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no delivery {delivery_id!r}")
+    return _to_delivery(row)
+
+
+def list_deliveries(database: Database, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
+    """See `Storage.list_deliveries`."""
+    condition, values = _condition(where)
+    if cursor is not None:
+        condition += " AND d.id < ?"
+        values.append(decode_cursor(cursor, "deliveries", astuple(where)))
+    rows = database.execute(
+        f"{_DELIVERY} WHERE {condition} ORDER BY d.id DESC LIMIT ?", [*values, limit + 1]
+    ).fetchall()
+    items = tuple(_to_delivery(row) for row in rows[:limit])
+    more = len(rows) > limit
+    return Page(items=items, next_cursor=encode_cursor("deliveries", astuple(where), items[-1].id) if more else None)
+
+
+def count_deliveries(database: Database, where: DeliveryFilter) -> int:
+    """See `Storage.count_deliveries`."""
+    condition, values = _condition(where)
+    select = "SELECT count(*) FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id WHERE "
+    return int(database.execute(select + condition, values).fetchone()[0])
+
+
+def attempts(database: Database, delivery_id: str) -> list[Attempt]:
+    """See `Storage.attempts`."""
+    get_delivery(database, delivery_id)
+    rows = database.execute(
+        "SELECT * FROM hookwright_attempt WHERE delivery_id = ? ORDER BY number", (delivery_id,)
+    ).fetchall()
+    return [
+        Attempt(
+            delivery_id=row[0],
+            number=row[1],
+            started_at=to_datetime(row[2]),
+            duration=row[3] / 1_000_000,
+            status=row[4],
+            error=row[5],
+            detail=row[6],
+            response_headers=tuple((name, value) for name, value in json.loads(row[7] or "[]")),
+            response_body=row[8] or b"",
+            response_truncated=bool(row[9]),
+            body_sha256=row[10].hex() if row[10] is not None else None,
+        )
+        for row in rows
+    ]
+
+
+def prune(database: Database, before: int) -> int:
+    """See `Storage.prune`."""
+    ids = json.dumps(
+        [
+            row[0]
+            for row in database.execute(
+                "SELECT id FROM hookwright_event AS e WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM"
+                " hookwright_delivery WHERE event_id = e.id AND state = 'pending') ORDER BY created_at LIMIT ?",
+                (before, SWEEP_ROWS),
+            )
+        ]
+    )
+    events = "(SELECT value FROM json_each(?))"
+    database.execute(
+        "DELETE FROM hookwright_attempt WHERE delivery_id IN (SELECT id FROM hookwright_delivery WHERE event_id IN"
+        f" {events})",
+        (ids,),
+    )
+    database.execute(f"DELETE FROM hookwright_delivery WHERE event_id IN {events}", (ids,))
+    return database.execute(f"DELETE FROM hookwright_event WHERE id IN {events}", (ids,)).rowcount
+
+
+def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
+    parts = {
+        "d.state = ?": where.state and where.state.value,
+        "d.endpoint_id = ?": where.endpoint_id,
+        "d.event_id = ?": where.event_id,
+        "e.type = ?": where.event_type,
+        "d.created_at >= ?": where.since,
+        "e.tenant = ?": where.tenant,
+    }
+    used = {part: value for part, value in parts.items() if value is not None}
+    return " AND ".join(["1", *used]), list(used.values())
+
+
+def _to_delivery(row: tuple[Any, ...]) -> Delivery:
+    return Delivery(
+        id=row[0],
+        event_id=row[1],
+        event_type=row[2],
+        endpoint_id=row[3],
+        state=DeliveryState(row[4]),
+        attempt_count=row[5],
+        created_at=to_datetime(row[6]),
+        next_attempt_at=None if row[7] is None else to_datetime(row[7] or row[6]),
+        finished_at=None if row[8] is None else to_datetime(row[8]),
+        last_status=row[9],
+        last_error=row[10],
+    )

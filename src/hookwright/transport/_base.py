@@ -1,0 +1,65 @@
+"""The seam between deciding and sending: one request in, one value out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+RESPONSE_READ = 64 * 1024
+"""Bytes of a response's body that are read at most; then the connection is closed."""
+
+RESPONSE_KEPT = 16 * 1024
+"""Bytes of a response's body that are kept in the history."""
+
+RESPONSE_HEADERS = 32 * 1024
+"""Bytes of response headers that are accepted at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One attempt: a POST of `body` to `url`. All times are in seconds.
+
+    `endpoint_id` and `revision` name the pool: connections are never shared between endpoints, nor kept after an
+    endpoint's url or secret changed. `connections` bounds that pool.
+    """
+
+    url: str
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    body: bytes = field(repr=False)
+    endpoint_id: str
+    revision: int
+    connections: int = 4
+    total_timeout: float = 15.0
+    connect_timeout: float = 5.0
+    dns_timeout: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the receiver answered. The body is raw (never decoded) and capped; `truncated` says that more was sent."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """No answer. `code` is one of the attempt error codes; `detail` says it in words, without the url or an address."""
+
+    code: str
+    detail: str = ""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Sends one attempt. To change requests or responses, wrap one."""
+
+    async def send(self, request: Request) -> Response | Failure:
+        """Send `request` within its total timeout, DNS to last byte; never raise but on cancellation."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        ...
