@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,20 +59,26 @@ class Clock:
 
     async def wait_for(self, event: asyncio.Event, seconds: float | None) -> bool:
         """Wait until `event` is set, at most `seconds`; say whether it was."""
-        if seconds is None:
-            await event.wait()
-            return True
-        loop = asyncio.get_running_loop()
-        timed_out: asyncio.Future[None] = loop.create_future()
-        timer = self.call_later(seconds, lambda: None if timed_out.done() else timed_out.set_result(None))
         waiter = asyncio.ensure_future(event.wait())
         try:
-            await asyncio.wait({waiter, timed_out}, return_when=asyncio.FIRST_COMPLETED)
-            return event.is_set()
+            return await self.wait_all({waiter}, seconds) or event.is_set()
         finally:
-            timer.cancel()
             waiter.cancel()
-            timed_out.cancel()
+
+    async def wait_all(self, futures: set[asyncio.Future[Any]], seconds: float | None) -> bool:
+        """Wait until all are done, at most `seconds`; say whether they are. They go on in any case."""
+        done = asyncio.ensure_future(asyncio.wait(futures))
+        expired = asyncio.Event()
+        timer = None if seconds is None else self.call_later(seconds, expired.set)
+        waiter = asyncio.ensure_future(expired.wait())
+        try:
+            await asyncio.wait({done, waiter}, return_when=asyncio.FIRST_COMPLETED)
+            return done.done()
+        finally:
+            done.cancel()
+            waiter.cancel()
+            if timer is not None:
+                timer.cancel()
 
 
 def to_datetime(microseconds: int) -> datetime:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from hookwright._clock import from_datetime
@@ -12,7 +11,9 @@ from hookwright._models import check_limit
 from hookwright.storage._base import DeliveryFilter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import builtins
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
 
     from hookwright._clock import Clock
     from hookwright._models import Attempt, Delivery, DeliveryState, Event, Page
@@ -74,7 +75,7 @@ class Deliveries:
         where = _filter(status, endpoint_id, event_id, event_type, since, tenant)
         return await self._storage.count_deliveries(where)
 
-    async def attempts(self, delivery_id: str, *, tenant: str | None = None) -> list[Attempt]:
+    async def attempts(self, delivery_id: str, *, tenant: str | None = None) -> Sequence[Attempt]:
         """Return a delivery's attempts, oldest first. Raises NotFound."""
         await self.get(delivery_id, tenant=tenant)
         return await self._storage.attempts(delivery_id)
@@ -87,7 +88,7 @@ class Deliveries:
             raise NotFound(f"there is no event {event_id!r}")
         return event
 
-    async def wait(self, event_id: str, *, timeout: float | None = None) -> list[Delivery]:
+    async def wait(self, event_id: str, *, timeout: float | None = None) -> Sequence[Delivery]:
         """Wait until all deliveries of the event have ended, and return them; at once when it has none.
 
         Raises WaitTimeout after `timeout` seconds (None: never); the deliveries go on. Raises NotFound.
@@ -113,7 +114,7 @@ class Deliveries:
 
     def note_ended(self, event_id: str | None) -> None:
         """Wake whoever waits for this event, or for any (None)."""
-        for key in [event_id] if event_id is not None else list(self._waiters):
+        for key in [event_id] if event_id is not None else [*self._waiters]:
             for ended in self._waiters.get(key, ()):
                 ended.set()
 
@@ -122,8 +123,8 @@ class Deliveries:
         if not self._waiters[event_id]:
             del self._waiters[event_id]
 
-    async def _all_of(self, event_id: str) -> list[Delivery]:
-        found: list[Delivery] = []
+    async def _all_of(self, event_id: str) -> Sequence[Delivery]:
+        found: builtins.list[Delivery] = []
         cursor = None
         while True:
             page = await self._storage.list_deliveries(DeliveryFilter(event_id=event_id), limit=500, cursor=cursor)

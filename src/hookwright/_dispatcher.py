@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import os
-import re
 from datetime import datetime, timedelta
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
-from pydantic_core import PydanticSerializationError, to_json
 
 from hookwright._addresses import NetworkPolicy
-from hookwright._catalogue import check_type
 from hookwright._clock import SECOND, Clock, from_datetime
 from hookwright._deliveries import Deliveries
 from hookwright._delivery import LEASE_MARGIN, Deliverer
 from hookwright._endpoints import Endpoints
-from hookwright._errors import ConfigurationError, StaleEndpoints, StorageClosed, ValidationFailed
+from hookwright._errors import ConfigurationError, NotFound, StaleEndpoints, StorageClosed
 from hookwright._ids import new_id
-from hookwright._matching import EndpointCache, typed
-from hookwright._models import EndpointState, NewDelivery, NewEvent, Receipt
+from hookwright._matching import EndpointCache
+from hookwright._models import ALL_TENANTS, EndpointState, NewDelivery, NewEvent, Receipt
 from hookwright._observe import EventEmitted, ObserverHub
 from hookwright._profile import Profile
+from hookwright._snapshot import check_aware, snapshot
 from hookwright._version import __version__
 from hookwright._worker import Worker
 from hookwright.storage._base import SWEEP_ROWS, Storage
@@ -38,17 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from hookwright._matching import CachedEndpoint, Scalar
+    from hookwright._matching import CachedEndpoint
     from hookwright._models import AttributeValue
     from hookwright._observe import Observation, Subscription
+    from hookwright._snapshot import TypedValues
     from hookwright.transport._base import Transport
 
     ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
 
 _logger = logging.getLogger("hookwright")
-
-DATA_LIMIT = 256 * 1024
-"""Bytes of an event's data as JSON at most."""
 
 _OBSERVER_GRACE = 1.0
 _STANDBY_INTERVAL = 1.0
@@ -186,18 +181,20 @@ class Dispatcher:
         NotFound for an unknown endpoint_id, or StorageError.
         """
         self._check_usable()
-        event, wanted = self._snapshot(type, data, attributes, tenant, idempotency_key, event_id, occurred_at)
-        available_at = 0 if deliver_at is None else from_datetime(_aware("deliver_at", deliver_at))
-        while True:
-            endpoints = self._targets(event, wanted, endpoint_id)
-            deliveries = [self._new_delivery(endpoint, available_at) for endpoint in endpoints]
-            revision = self._cache.revision
-            try:
-                receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
-                break
-            except StaleEndpoints:
-                if await self._cache.refresh(revision):
-                    self._endpoints_changed()
+        event, wanted = snapshot(
+            type,
+            data,
+            attributes=attributes,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            event_id=event_id,
+            occurred_at=occurred_at,
+            clock=self._clock,
+        )
+        available_at = 0 if deliver_at is None else from_datetime(check_aware("deliver_at", deliver_at))
+        if endpoint_id is not None:
+            await self._check_serves(endpoint_id, tenant)
+        receipt = await self._match_and_enqueue(event, wanted, endpoint_id, available_at)
         if not receipt.duplicate:
             self._worker.wake()
             if self._observers.wanted:
@@ -206,44 +203,36 @@ class Dispatcher:
                 )
         return receipt
 
-    def _snapshot(
+    async def _check_serves(self, endpoint_id: str, tenant: str | None) -> None:
+        endpoint = await self._storage.get_endpoint(endpoint_id)
+        if endpoint.tenant is not ALL_TENANTS and endpoint.tenant != tenant:
+            raise NotFound(f"there is no endpoint {endpoint_id!r}")
+
+    async def _match_and_enqueue(
         self,
-        type: str,
-        data: object,
-        attributes: Mapping[str, AttributeValue] | None,
-        tenant: str | None,
-        idempotency_key: str | None,
-        event_id: str | None,
-        occurred_at: datetime | None,
-    ) -> tuple[NewEvent, dict[str, frozenset[tuple[type, Scalar]]]]:
-        check_type(type)
-        encoded = _encode(data)
-        listed = _attributes(attributes)
-        if tenant is not None and not (isinstance(tenant, str) and tenant):
-            raise ValidationFailed("tenant", "must be text or None")
-        occurred = self._clock.wall() if occurred_at is None else from_datetime(_aware("occurred_at", occurred_at))
-        digest = hashlib.sha256(b"\0".join([type.encode(), repr(tenant).encode(), encoded])).digest()
-        event = NewEvent(
-            id=new_id("evt", self._clock.now()) if event_id is None else _event_id(event_id),
-            type=type,
-            data=encoded,
-            occurred_at=occurred,
-            tenant=tenant,
-            attributes=json.dumps(listed) if listed else "{}",
-            idempotency_key=_idempotency_key(idempotency_key),
-            digest=digest,
-        )
-        return event, {key: typed(values) for key, values in listed.items()}
+        event: NewEvent,
+        attributes: Mapping[str, TypedValues],
+        endpoint_id: str | None,
+        available_at: int,
+    ) -> Receipt:
+        while True:
+            endpoints = self._targets(event, attributes, endpoint_id)
+            deliveries = [self._new_delivery(endpoint, available_at) for endpoint in endpoints]
+            revision = self._cache.revision
+            try:
+                return await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
+            except StaleEndpoints:
+                # An endpoint that was created before this emit began is never missed, whichever process created it.
+                if await self._cache.refresh(revision):
+                    self._endpoints_changed()
 
     def _targets(
-        self, event: NewEvent, attributes: Mapping[str, frozenset[tuple[type, Scalar]]], endpoint_id: str | None
+        self, event: NewEvent, attributes: Mapping[str, TypedValues], endpoint_id: str | None
     ) -> list[CachedEndpoint]:
         if endpoint_id is None:
             return self._cache.match(event.type, event.tenant, attributes)
         endpoint = self._cache.get(endpoint_id)
-        if endpoint is None or (not endpoint.wants(event.tenant, {}) and endpoint.row.tenant != event.tenant):
-            return []
-        return [endpoint]
+        return [endpoint] if endpoint is not None else []
 
     def _new_delivery(self, endpoint: CachedEndpoint, available_at: int) -> NewDelivery:
         return NewDelivery(
@@ -281,7 +270,7 @@ class Dispatcher:
         return self._delivering
 
     async def start(self) -> None:
-        """Open the storage and begin to deliver. Raises ConfigurationError when it was started before, or StorageError."""
+        """Open the storage and begin to deliver. Raises ConfigurationError when started before, or StorageError."""
         if self._state is not _State.NEW:
             raise ConfigurationError(f"the dispatcher {self._state.value}")
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
@@ -382,7 +371,7 @@ class Dispatcher:
     async def _prune(self, retention: timedelta) -> None:
         while True:
             before = self._clock.now() - round(retention.total_seconds() * SECOND)
-            while await self._guarded(lambda before=before: self._storage.prune(before)) == SWEEP_ROWS:
+            while await self._guarded(partial(self._storage.prune, before)) == SWEEP_ROWS:
                 pass
             await self._clock.sleep(_RETENTION_INTERVAL)
 
@@ -446,52 +435,3 @@ def _storage(storage: str | Storage) -> Storage:
             f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
         )
     return SQLiteStorage(path)
-
-
-def _encode(data: object) -> bytes:
-    try:
-        encoded = to_json(data)
-    except (PydanticSerializationError, ValueError, RecursionError) as error:
-        raise ValidationFailed("data", f"cannot be encoded as JSON: {error}") from None
-    if len(encoded) > DATA_LIMIT:
-        raise ValidationFailed(
-            "data", f"is {len(encoded)} bytes of JSON, at most {DATA_LIMIT} are allowed: send a link"
-        )
-    if b"NaN" in encoded or b"Infinity" in encoded:
-        json.loads(encoded, parse_constant=_refuse_constant)
-    return encoded
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValidationFailed("data", f"holds {constant}, which JSON cannot express: use None or text")
-
-
-def _attributes(attributes: Mapping[str, AttributeValue] | None) -> dict[str, list[Scalar]]:
-    listed: dict[str, list[Scalar]] = {}
-    for key, value in (attributes or {}).items():
-        values = [value] if isinstance(value, (str, int)) else value
-        if not isinstance(values, (list, tuple, set, frozenset)) or not all(isinstance(v, (str, int)) for v in values):
-            raise ValidationFailed("attributes", f"{key!r} must be a str, int or bool, or a list of these")
-        listed[key] = list(values)
-    return listed
-
-
-_EVENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-
-
-def _event_id(event_id: str) -> str:
-    if not isinstance(event_id, str) or not _EVENT_ID.fullmatch(event_id):
-        raise ValidationFailed("event_id", "must be 1 to 128 of a-z, A-Z, 0-9, _ and - (it is part of what is signed)")
-    return event_id
-
-
-def _idempotency_key(key: str | None) -> str | None:
-    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
-        raise ValidationFailed("idempotency_key", "must be text of 1 to 256 characters")
-    return key
-
-
-def _aware(field: str, moment: datetime) -> datetime:
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise ValidationFailed(field, "must be a datetime with a time zone, for example datetime.now(UTC)")
-    return moment

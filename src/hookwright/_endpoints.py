@@ -290,7 +290,19 @@ def _metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: token
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")  # RFC 9110, 5.5, less obs-text
 _RESERVED_HEADERS = frozenset(
-    ["connection", "cookie", "expect", "host", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "accept-encoding"]
+    [
+        "connection",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "accept-encoding",
+    ]
 )
 _RESERVED_PREFIXES = ("content-", "proxy-", "webhook-")
 

@@ -13,9 +13,10 @@ HookwrightError
 │   ├── StorageClosed       the storage is not open (any more)
 │   ├── SchemaTooNew        a later version of hookwright wrote this database
 │   └── StaleEndpoints      endpoints changed since they were matched (the dispatcher matches again)
-├── WaitTimeout             also a TimeoutError: the outcome did not come in time
-└── VerificationFailed      a received webhook is not authentic (see `hookwright.receiver`)
+└── WaitTimeout             also a TimeoutError: the outcome did not come in time
 ```
+
+`hookwright.receiver.VerificationFailed` stands apart, as its file does: receivers copy that file alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class HookwrightError(Exception):
 
 
 class ConfigurationError(HookwrightError):
-    """The application set something up wrongly, or used it in the wrong place (another loop, a forked child, after close)."""
+    """The application set something up wrongly, or used it in the wrong place: another loop, a forked child, closed."""
 
 
 class ValidationFailed(HookwrightError, ValueError):

@@ -1,4 +1,4 @@
-"""Ids that sort by the time they were made, cannot be guessed and hold no `.` (the signed content is joined with dots)."""
+"""Ids that sort by the time they were made, cannot be guessed, and hold no `.` (what is signed is joined with dots)."""
 
 from __future__ import annotations
 

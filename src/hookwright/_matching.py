@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
 from hookwright._secret import Secret
+from hookwright._snapshot import typed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from hookwright._models import EndpointRow
+    from hookwright._snapshot import TypedValues
     from hookwright.storage._base import Storage
-
-Scalar = str | int | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +25,14 @@ class CachedEndpoint:
     """An endpoint, with what matching and sending need made ready once."""
 
     row: EndpointRow
-    filters: Mapping[str, frozenset[tuple[type, Scalar]]]
+    filters: Mapping[str, TypedValues]
     secrets: tuple[Secret, ...]
 
-    def wants(self, tenant: str | None, attributes: Mapping[str, frozenset[tuple[type, Scalar]]]) -> bool:
+    def wants(self, tenant: str | None, attributes: Mapping[str, TypedValues]) -> bool:
         """Whether tenant and attributes fit: every filter's key must be present, and have a value in common."""
         if self.row.tenant is not ALL_TENANTS and self.row.tenant != tenant:
             return False
         return all(allowed & attributes.get(key, frozenset()) for key, allowed in self.filters.items())
-
-
-def typed(values: Sequence[Scalar]) -> frozenset[tuple[type, Scalar]]:
-    """Return the values with their types: to Python True equals 1, to a filter it does not."""
-    return frozenset((type(value), value) for value in values)
 
 
 class EndpointCache:
@@ -79,9 +74,7 @@ class EndpointCache:
         """Return it, or None when it does not exist (any more)."""
         return self._by_id.get(endpoint_id)
 
-    def match(
-        self, event_type: str, tenant: str | None, attributes: Mapping[str, frozenset[tuple[type, Scalar]]]
-    ) -> list[CachedEndpoint]:
+    def match(self, event_type: str, tenant: str | None, attributes: Mapping[str, TypedValues]) -> list[CachedEndpoint]:
         """Return the endpoints that want the event, each once."""
         found: dict[str, CachedEndpoint] = {}
         for pattern in candidates(event_type):

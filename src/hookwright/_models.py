@@ -43,7 +43,7 @@ class EndpointState(StrEnum):
 
 
 class DeliveryState(StrEnum):
-    """Where a delivery stands. Waiting, leased and retrying are all `pending`: there is no "executing" to be stuck in."""
+    """Where a delivery stands. Waiting, leased and retrying are `pending`: there is no "executing" to be stuck in."""
 
     PENDING = "pending"
     SUCCEEDED = "succeeded"
@@ -126,7 +126,7 @@ class Delivery(_Frozen):
 
 
 class Attempt(_Frozen):
-    """One HTTP try. `error` is a code (see `docs/design.md`), `detail` its cause in words; the body is as it came, capped."""
+    """One HTTP try. `error` is a code (see `docs/design.md`), `detail` its cause; the body is as it came, capped."""
 
     delivery_id: str
     number: int

@@ -7,13 +7,13 @@ import inspect
 import logging
 from collections import deque
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hookwright._errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
 _logger = logging.getLogger("hookwright")
 
@@ -122,7 +122,7 @@ class Subscription:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._told = False
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        self._is_async: bool = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004  # an instance with an async __call__ is an async observer
         )
         self.dropped = 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hookwright._envelope import Envelope, StandardEnvelope
 from hookwright._errors import ConfigurationError
 from hookwright._retry import RetryPolicy
 from hookwright._signing import Signer, StandardWebhooks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)

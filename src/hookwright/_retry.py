@@ -11,11 +11,10 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import tenacity
-from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from hookwright._clock import SECOND
-from hookwright._errors import ConfigurationError
+from hookwright._errors import ConfigurationError, HookwrightError
 from hookwright.transport._base import Response
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ _JITTER_MOST = 900.0
 _JITTER_FROM = 3
 
 
-class DeliveryError(Exception):
-    """What a strategy's predicate sees of a failed attempt: `status` and `headers` of the answer, or an error `code`."""
+class DeliveryError(HookwrightError):
+    """What a strategy's predicate sees of a failed attempt: the answer's `status` and `headers`, or an error `code`."""
 
     def __init__(self, code: str, response: Response | None) -> None:
         super().__init__(f"{code} {response.status}" if response is not None else code)
@@ -150,9 +149,7 @@ class RetryPolicy:
         """Return the default: ten attempts over 75 hours, with 10 % jitter from the third on."""
         return cls.schedule(*STANDARD_SCHEDULE, jitter=0.1, random=random)
 
-    def judge(
-        self, outcome: Response | Failure, *, attempt: int, age: int, now: int, since_start: bool = True
-    ) -> Verdict:
+    def judge(self, outcome: Response | Failure, *, attempt: int, age: int, now: int) -> Verdict:
         """Decide what an attempt's outcome means.
 
         `attempt` counts from 1 those that count against the budget; `age` is the delivery's, and `now` the wall
@@ -196,8 +193,6 @@ def _refuse_unusable(name: str, strategy: Any) -> None:
         raise ConfigurationError(
             f"{name}: an async strategy cannot decide (a coroutine is always true): use a plain one"
         )
-    if isinstance(strategy, (wait_base, stop_base)):
-        return
 
 
 _DIGITS = re.compile(r"[0-9]{1,12}")

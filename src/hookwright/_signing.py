@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hmac
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hookwright._errors import ValidationFailed
 from hookwright._secret import Secret, standard_webhooks_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Signer(Protocol):

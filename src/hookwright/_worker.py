@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -152,7 +152,7 @@ class Worker:
         )
 
     async def _refresh_endpoints(self, claim: Claim) -> None:
-        # The claim is the last judge: an endpoint that changed since the cache was read is read again before it is used.
+        # The claim is the last judge: an endpoint that changed since the cache was read is read again first.
         newest = max((lease.endpoint_revision for lease in claim.leases), default=-1)
         if newest > self._cache.revision and await self._cache.refresh(newest - 1):
             self._on_stopped_endpoints()
@@ -207,11 +207,11 @@ class Worker:
         self._wake.set()
 
     async def drain(self, timeout: float | None) -> None:
-        """Return when nothing can be claimed now and nothing is in flight. Raises WaitTimeout after `timeout` seconds."""
+        """Return when nothing can be claimed now and nothing is in flight, or raise WaitTimeout."""
         drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._drainers.append(drained)
         self._wake.set()
-        if not await self._before(timeout, {drained}):
+        if not await self._clock.wait_all({drained}, timeout):
             drained.cancel()
             raise WaitTimeout(f"{self.in_flight} deliveries are still in flight, or more are due, after {timeout:g} s")
 
@@ -220,7 +220,7 @@ class Worker:
         self._stopping = True
         self._wake.set()
         ended = asyncio.ensure_future(self._ended.wait())
-        await self._before(timeout, {ended, *self._tasks})
+        await self._clock.wait_all({ended, *self._tasks}, timeout)
         ended.cancel()
         unfinished = dict(self._tasks)
         for task in unfinished:
@@ -230,21 +230,6 @@ class Worker:
             with anyio.move_on_after(_RELEASE_GRACE):
                 await self._give_back(list(unfinished.values()), sent=True)
         _resolve(self._drainers)
-
-    async def _before(self, timeout: float | None, futures: set[asyncio.Future[Any]]) -> bool:
-        """Wait until all are done, at most `timeout` seconds of the clock; say whether they are."""
-        everything = asyncio.ensure_future(asyncio.wait(futures))
-        expired = asyncio.Event()
-        timer = None if timeout is None else self._clock.call_later(timeout, expired.set)
-        waiter = asyncio.ensure_future(expired.wait())
-        try:
-            await asyncio.wait({everything, waiter}, return_when=asyncio.FIRST_COMPLETED)
-            return everything.done()
-        finally:
-            everything.cancel()
-            waiter.cancel()
-            if timer is not None:
-                timer.cancel()
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
         try:

@@ -163,7 +163,7 @@ class Storage(ABC):
 
     @abstractmethod
     async def create_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
-        """Store a new endpoint and its lane under the next revision, which the answer carries. Conflict: the id exists."""
+        """Store a new endpoint and its lane under the next revision, which the answer carries. Conflict: id exists."""
 
     @abstractmethod
     async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
@@ -182,7 +182,10 @@ class Storage(ABC):
 
     @abstractmethod
     async def delete_endpoint(self, endpoint_id: str) -> None:
-        """Leave a tombstone without url, keys, headers and metadata, under the next revision. NotFound: unknown or deleted."""
+        """Leave a tombstone without url, keys, headers and metadata, under the next revision.
+
+        Its waiting rows are swept. NotFound: unknown or deleted.
+        """
 
     @abstractmethod
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -280,10 +281,8 @@ class MemoryStorage(Storage):
     async def wait(self, timeout: float) -> bool:
         """See `Storage.wait`: there is no other process."""
         self._now()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), timeout)
-        except TimeoutError:
-            pass
         return False
 
     # -- endpoints ----------------------------------------------------------------------------------------------
@@ -302,8 +301,14 @@ class MemoryStorage(Storage):
         stored = await self.get_endpoint(endpoint.id)
         if stored.revision != endpoint.revision:
             raise Conflict(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
-        kept = {"state": stored.state, "disabled_reason": stored.disabled_reason, "created_at": stored.created_at}
-        return self._store(replace(endpoint, **kept))
+        return self._store(
+            replace(
+                endpoint,
+                state=stored.state,
+                disabled_reason=stored.disabled_reason,
+                created_at=stored.created_at,
+            )
+        )
 
     async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
         """See `Storage.set_endpoint_state`."""

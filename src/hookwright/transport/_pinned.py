@@ -8,7 +8,6 @@ its name: rewriting the url's host would reuse host A's connection for host B wi
 from __future__ import annotations
 
 import asyncio
-import ssl
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import httpx2
 from hookwright.transport._resolver import SystemResolver
 
 if TYPE_CHECKING:
+    import ssl
+
     from hookwright._addresses import NetworkPolicy
     from hookwright.transport._resolver import Resolver
 
@@ -125,7 +126,7 @@ class _Pool:
 
 
 class PinnedTransport(httpx2.AsyncBaseTransport):
-    """One httpcore2 pool for each endpoint and revision, one TLS context for all, built off the loop (it takes 37 ms)."""
+    """One httpcore2 pool for each endpoint and revision; one TLS context for all, built off the loop (37 ms)."""
 
     def __init__(
         self, policy: NetworkPolicy, *, ssl_context: ssl.SSLContext | None = None, resolver: Resolver | None = None
@@ -244,6 +245,6 @@ class _Body(httpx2.AsyncByteStream):
 def _build_context(loop: asyncio.AbstractEventLoop, ready: asyncio.Future[ssl.SSLContext]) -> None:
     context = httpcore2.default_ssl_context()
     try:
-        loop.call_soon_threadsafe(lambda: ready.done() or ready.set_result(context))
+        loop.call_soon_threadsafe(ready.set_result, context)
     except RuntimeError:  # the loop was closed meanwhile
         return

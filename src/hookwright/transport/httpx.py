@@ -59,8 +59,9 @@ class HttpxTransport:
     async def send(self, request: Request) -> Response | Failure:
         """Send one attempt; see `Transport.send`."""
         partial: list[Response] = []
+        deadline = asyncio.timeout(request.total_timeout)
         try:
-            async with asyncio.timeout(request.total_timeout) as deadline:
+            async with deadline:
                 return await self._exchange(request, partial)
         except Exception as error:  # noqa: BLE001  # a failure is a value; every exception is converted in one place
             # Once there is a status the attempt is judged by it, however the body ended.

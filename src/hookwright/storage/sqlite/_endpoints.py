@@ -66,7 +66,7 @@ def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
         raise Conflict(f"id: there is an endpoint {endpoint.id} already")
     values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     names = ", ".join(f":{column}" for column in _COLUMNS)
-    database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)  # noqa: S608  # names are ours
+    database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)
     database.execute(
         "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap) VALUES (?, ?, ?, ?)",
         (endpoint.id, FOREVER, 0 if endpoint.state is EndpointState.ACTIVE else FOREVER, endpoint.concurrency),
@@ -81,7 +81,7 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
         raise Conflict(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
     values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
-    database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)  # noqa: S608  # names are ours
+    database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)
     database.execute("UPDATE hookwright_lane SET cap = :concurrency WHERE endpoint_id = :id", values)
     return get(database, endpoint.id)
 

@@ -116,7 +116,7 @@ def prune(database: Database, before: int) -> int:
         (ids,),
     )
     database.execute(f"DELETE FROM hookwright_delivery WHERE event_id IN {events}", (ids,))
-    return database.execute(f"DELETE FROM hookwright_event WHERE id IN {events}", (ids,)).rowcount
+    return int(database.execute(f"DELETE FROM hookwright_event WHERE id IN {events}", (ids,)).rowcount)
 
 
 def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:

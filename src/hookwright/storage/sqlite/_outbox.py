@@ -239,8 +239,8 @@ def _move_on(database: Database, endpoint_ids: Sequence[str], now: int) -> None:
 
 
 _NEXT_DUE = " UNION ALL ".join(
-    f"SELECT * FROM (SELECT {_READY} FROM hookwright_lane WHERE (earned > 0) = {proven} AND {_READY} > max(?1, {TURNS_END})"
-    f" ORDER BY {_READY} LIMIT 1)"
+    f"SELECT * FROM (SELECT {_READY} FROM hookwright_lane WHERE (earned > 0) = {proven}"
+    f" AND {_READY} > max(?1, {TURNS_END}) ORDER BY {_READY} LIMIT 1)"
     for proven in (0, 1)
 )
 

@@ -14,7 +14,6 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
@@ -30,6 +29,7 @@ from hookwright._errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Connected:
         if self._connection is None or self._closed.is_set():
             raise closed()
         try:
-            return await self._connection.execute_fetchall(function)  # type: ignore[arg-type, return-value]  # see Database
+            return await self._connection.execute_fetchall(function)  # type: ignore[return-value]  # see Database
         except (sqlite3.Error, OSError) as error:
             raise convert(error) from error
 

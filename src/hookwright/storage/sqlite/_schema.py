@@ -56,7 +56,7 @@ def _refuse_newer(database: Database) -> int:
     schema = int(database.execute("SELECT value FROM hookwright_meta WHERE key = 'schema'").fetchone()[0])
     if schema > SCHEMA:
         raise SchemaTooNew(
-            f"the database has schema {schema}, this version knows up to {SCHEMA}: upgrade hookwright, or use another file"
+            f"the database has schema {schema}, this version knows up to {SCHEMA}: upgrade, or use another file"
         )
     return schema
 
