@@ -134,7 +134,8 @@ class Worker:
         for lease in claim.leases:
             self._start(lease)
         delay = None if claim.next_due is None else max(0.0, (claim.next_due - self._clock.now()) / SECOND)
-        return _Pass(idle=not self._tasks, delay=delay)
+        # A wake-up since the claim began (a result was written, an event stored) may have brought something due.
+        return _Pass(idle=not self._tasks and not self._wake.is_set(), delay=delay)
 
     def _request(self, free: int) -> ClaimRequest:
         slow_before = self._clock.now() - SLOW
