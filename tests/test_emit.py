@@ -87,8 +87,8 @@ _circle.append(_circle)
         ({"attributes": {"index": [None]}}, "attributes", "str, int or bool"),
         ({"event_id": "a.b"}, "event_id", "128"),
         ({"idempotency_key": ""}, "idempotency_key", "256"),
-        ({"occurred_at": datetime(2026, 1, 1)}, "occurred_at", "time zone"),  # noqa: DTZ001
-        ({"deliver_at": datetime(2026, 1, 1)}, "deliver_at", "time zone"),  # noqa: DTZ001
+        ({"occurred_at": datetime(2026, 1, 1)}, "occurred_at", "time zone"),
+        ({"deliver_at": datetime(2026, 1, 1)}, "deliver_at", "time zone"),
     ],
 )
 async def test_what_cannot_be_emitted_is_refused_by_name_and_nothing_is_written(
@@ -129,7 +129,8 @@ async def test_the_same_idempotency_key_stores_one_event(storage_url: str) -> No
 async def test_a_key_used_for_something_else_is_a_conflict(storage_url: str, key: str) -> None:
     async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
         await dispatcher.emit("video.ready", {"n": 1}, **{key: "k"})  # type: ignore[arg-type]  # one of two names
-        for type, data, tenant in (("video.ready", {"n": 2}, None), ("video.x", {"n": 1}, None), ("video.ready", {"n": 1}, "t")):
+        others = [("video.ready", {"n": 2}, None), ("video.x", {"n": 1}, None), ("video.ready", {"n": 1}, "t")]
+        for type, data, tenant in others:
             with pytest.raises(Conflict, match=key):
                 await dispatcher.emit(type, data, tenant=tenant, **{key: "k"})  # type: ignore[arg-type]  # see above
         assert (await dispatcher.emit("video.ready", {"n": 1}, **{key: "k"})).duplicate  # type: ignore[arg-type]  # see above

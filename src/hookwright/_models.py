@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._secret import Secret
 
@@ -275,6 +276,23 @@ class AttemptRecord:
     body_sha256: bytes | None = None
 
 
+def to_attempt(delivery_id: str, number: int, record: AttemptRecord) -> Attempt:
+    """Return what an application reads of a stored attempt."""
+    return Attempt(
+        delivery_id=delivery_id,
+        number=number,
+        started_at=to_datetime(record.started_at),
+        duration=record.duration / SECOND,
+        status=record.status,
+        error=record.error,
+        detail=record.detail,
+        response_headers=record.response_headers,
+        response_body=record.response_body,
+        response_truncated=record.response_truncated,
+        body_sha256=record.body_sha256.hex() if record.body_sha256 is not None else None,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A leased delivery's new state. `retry_in` (microseconds) goes with PENDING; `gone` disables the endpoint as well.
@@ -294,11 +312,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class EndpointHealth:
-    """How the endpoint does after a settled attempt; `disabled` when this very outcome disabled it."""
+    """How the endpoint does after a settled attempt.
+
+    `disabled`: this very outcome disabled it. `stopped`: it is disabled or deleted, and rows of it wait to be swept.
+    """
 
     consecutive_failures: int
     proven: bool
     disabled: bool = False
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ import anyio
 
 from hookwright._clock import SECOND
 from hookwright._errors import StorageClosed, StorageError, WaitTimeout
-from hookwright._models import EndpointState
 from hookwright._observe import WorkerFailed
 from hookwright.storage._base import ClaimRequest
 
@@ -192,11 +191,10 @@ class Worker:
             _logger.exception("delivery %s could not be carried out", lease.delivery_id)
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
             return
-        if settled is not None and settled.health is not None:
-            endpoint.proven = settled.health.proven
-        cached = self._cache.get(lease.endpoint_id)
-        stopped = cached is None or cached.row.state is EndpointState.DISABLED
-        if stopped or (settled is not None and settled.health is not None and settled.health.disabled):
+        if settled is None or settled.health is None:
+            return
+        endpoint.proven = settled.health.proven
+        if settled.health.stopped:
             self._on_stopped_endpoints()
 
     def _free_slot(self, task: asyncio.Task[None]) -> None:
@@ -221,7 +219,8 @@ class Worker:
         self._stopping = True
         self._wake.set()
         ended = asyncio.ensure_future(self._ended.wait())
-        await self._clock.wait_all({ended, *self._tasks}, timeout)
+        # In real time: under a virtual clock that nobody advances, a shutdown would never end.
+        await asyncio.wait({ended, *self._tasks}, timeout=timeout)
         ended.cancel()
         unfinished = dict(self._tasks)
         for task in unfinished:

@@ -27,6 +27,7 @@ from hookwright._models import (
     Page,
     Receipt,
     Settled,
+    to_attempt,
 )
 from hookwright.storage._base import (
     FREE_INTERRUPTIONS,
@@ -239,7 +240,7 @@ class MemoryStorage(Storage):
         elif outcome.counts:
             lane.failures, lane.earned = lane.failures + 1, 0
         disabled = outcome.gone and self._change_state(outcome.endpoint_id, EndpointState.DISABLED, "gone", now)
-        return EndpointHealth(consecutive_failures=lane.failures, proven=lane.earned > 0, disabled=disabled)
+        return EndpointHealth(lane.failures, lane.earned > 0, disabled=disabled, stopped=lane.sweep is not None)
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
@@ -434,19 +435,7 @@ class MemoryStorage(Storage):
         """See `Storage.attempts`."""
         await self.get_delivery(delivery_id)
         return [
-            Attempt(
-                delivery_id=delivery_id,
-                number=number,
-                started_at=to_datetime(record.started_at),
-                duration=record.duration / 1_000_000,
-                status=record.status,
-                error=record.error,
-                detail=record.detail,
-                response_headers=record.response_headers,
-                response_body=record.response_body,
-                response_truncated=record.response_truncated,
-                body_sha256=record.body_sha256.hex() if record.body_sha256 is not None else None,
-            )
+            to_attempt(delivery_id, number, record)
             for number, record in enumerate(self._rows[delivery_id].attempts, start=1)
         ]
 

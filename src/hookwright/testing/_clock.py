@@ -25,6 +25,10 @@ class _Timer:
     def cancel(self) -> None:
         self.callback = None
 
+    def fire(self) -> None:
+        if self.callback is not None:
+            self.callback()
+
 
 class VirtualClock(Clock):
     """A clock for tests: a retry schedule of days runs in milliseconds, and the same every time.
@@ -65,6 +69,9 @@ class VirtualClock(Clock):
     def call_later(self, seconds: float, callback: Callable[[], object]) -> _Timer:
         """Call `callback` when `advance` comes past `seconds` from now."""
         timer = _Timer(callback)
+        if seconds <= 0:
+            asyncio.get_running_loop().call_soon(timer.fire)
+            return timer
         heapq.heappush(self._timers, (self._now + round(seconds * SECOND), next(self._order), timer))
         return timer
 
@@ -82,8 +89,7 @@ class VirtualClock(Clock):
             self._move_to(max(due, self._now))
             while self._timers and self._timers[0][0] <= self._now:
                 timer = heapq.heappop(self._timers)[2]
-                if timer.callback is not None:
-                    timer.callback()
+                timer.fire()
             await self._settle(settle)
         self._move_to(target)
         await self._settle(settle)

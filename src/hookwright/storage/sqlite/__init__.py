@@ -106,6 +106,8 @@ class SQLiteStorage(Storage):
         if not await owner.call(lambda _: self._lock.acquire()):
             return False
         if not held:
+            # What others commit from here on is news; what they committed before, the first claim sees.
+            self._version = await owner.call(_schema.data_version)
             await owner.submit(lambda database: _outbox.free_leases(database, now))
         return True
 
@@ -135,13 +137,14 @@ class SQLiteStorage(Storage):
 
     async def wait(self, timeout: float) -> bool:
         """See `Storage.wait`."""
+        owner = self._opened()
         until = asyncio.get_running_loop().time() + timeout
         while (left := until - asyncio.get_running_loop().time()) > 0:
             try:
                 await asyncio.wait_for(self._closing.wait(), min(left, _POLL))
             except TimeoutError:
                 # On the writing connection, whose data_version does not count its own commits.
-                version = await self._opened().call(_schema.data_version)
+                version = await owner.call(_schema.data_version)
                 changed, self._version = self._version not in {None, version}, version
                 if changed:
                     return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import to_datetime
 from hookwright._errors import NotFound
-from hookwright._models import Attempt, Delivery, DeliveryState, Event, Page
+from hookwright._models import Attempt, AttemptRecord, Delivery, DeliveryState, Event, Page, to_attempt
 from hookwright.storage._base import SWEEP_ROWS
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 
@@ -77,24 +77,11 @@ def attempts(database: Database, delivery_id: str) -> list[Attempt]:
     """See `Storage.attempts`."""
     get_delivery(database, delivery_id)
     rows = database.execute(
-        "SELECT * FROM hookwright_attempt WHERE delivery_id = ? ORDER BY number", (delivery_id,)
+        "SELECT number, started_at, duration, status, error, detail, response_headers, response_body,"
+        " response_truncated, body_sha256 FROM hookwright_attempt WHERE delivery_id = ? ORDER BY number",
+        (delivery_id,),
     ).fetchall()
-    return [
-        Attempt(
-            delivery_id=row[0],
-            number=row[1],
-            started_at=to_datetime(row[2]),
-            duration=row[3] / 1_000_000,
-            status=row[4],
-            error=row[5],
-            detail=row[6],
-            response_headers=tuple((name, value) for name, value in json.loads(row[7] or "[]")),
-            response_body=row[8] or b"",
-            response_truncated=bool(row[9]),
-            body_sha256=row[10].hex() if row[10] is not None else None,
-        )
-        for row in rows
-    ]
+    return [to_attempt(delivery_id, row[0], _to_record(row)) for row in rows]
 
 
 def prune(database: Database, before: int) -> int:
@@ -130,6 +117,20 @@ def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
     }
     used = {part: value for part, value in parts.items() if value is not None}
     return " AND ".join(["1", *used]), list(used.values())
+
+
+def _to_record(row: tuple[Any, ...]) -> AttemptRecord:
+    return AttemptRecord(
+        started_at=row[1],
+        duration=row[2],
+        status=row[3],
+        error=row[4],
+        detail=row[5],
+        response_headers=tuple((name, value) for name, value in json.loads(row[6] or "[]")),
+        response_body=row[7] or b"",
+        response_truncated=bool(row[8]),
+        body_sha256=row[9],
+    )
 
 
 def _to_delivery(row: tuple[Any, ...]) -> Delivery:

@@ -318,13 +318,13 @@ def _record_attempt(database: Database, delivery_id: str, number: int, attempt: 
 
 _ANSWERED = (
     "UPDATE hookwright_lane SET failures = 0, earned = min(:most, max(2, earned * 2)) WHERE endpoint_id = :endpoint"
-    " RETURNING failures, earned"
+    " RETURNING failures, earned, sweep"
 )
 _FAILED = (
     "UPDATE hookwright_lane SET failures = failures + 1, earned = 0 WHERE endpoint_id = :endpoint"
-    " RETURNING failures, earned"
+    " RETURNING failures, earned, sweep"
 )
-_UNCHANGED = "SELECT failures, earned FROM hookwright_lane WHERE endpoint_id = :endpoint"
+_UNCHANGED = "SELECT failures, earned, sweep FROM hookwright_lane WHERE endpoint_id = :endpoint"
 
 
 def _update_health(database: Database, outcome: Outcome, now: int) -> EndpointHealth | None:
@@ -335,7 +335,8 @@ def _update_health(database: Database, outcome: Outcome, now: int) -> EndpointHe
     if not row:  # the endpoint is deleted and swept
         return None
     disabled = outcome.gone and set_state(database, outcome.endpoint_id, "disabled", reason="gone", now=now)
-    return EndpointHealth(consecutive_failures=row[0][0], proven=row[0][1] > 0, disabled=disabled)
+    failures, earned, sweep = row[0]
+    return EndpointHealth(failures, earned > 0, disabled=disabled, stopped=disabled or sweep is not None)
 
 
 def set_state(database: Database, endpoint_id: str, state: str, *, reason: str | None, now: int) -> bool:
