@@ -5,13 +5,17 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit
 
 import idna
 
 from hookwright._errors import ConfigurationError, ValidationFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 URL_LENGTH = 2048
 """Characters of an endpoint's url at most."""
@@ -54,8 +58,12 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
 _LOCAL_NAMES = re.compile(r"(.*\.)?localhost|metadata\.google\.internal")
-_NUMERIC = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)")
-_FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
+_ENDS_IN_NUMBER = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)")
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
+# urlsplit drops tabs and line ends silently, and what reads a backslash as a slash sees another host than we do.
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,30 +71,38 @@ class NetworkPolicy:
     """Which urls and addresses endpoints may have. By default: https, to public addresses.
 
     `allow_http` allows http as well; `allow_loopback` the own machine; `allow` networks of yours, as CIDR texts.
-    `local_address` is the source address of every connection. The url is checked when an endpoint is created, and
-    every address its name resolves to at every dial: if one of them is refused, nothing is sent.
+    `local_address` is the source address of every connection (only targets of its family can be reached then).
+    The url is checked when an endpoint is created, and every address its name resolves to at every dial: if one of
+    them is refused, nothing is sent.
 
-    Raises ConfigurationError for an `allow` that is no network.
+    What is public is an explicit table made from the IANA special-purpose address registries (RFC 6890), applied to
+    the address that is dialled; an IPv4-mapped or NAT64 address (RFC 6052) is judged as the IPv4 address it carries.
+
+    Raises ConfigurationError for an `allow` that is no network and for a `local_address` that is no address.
 
     ```python
     from hookwright import NetworkPolicy
 
     inside = NetworkPolicy(allow=["10.20.0.0/16"])
     print(inside.check_url("https://example.com/hooks"))
+    print(inside.vet("10.20.0.1"), inside.vet("127.0.0.1"))
     ```
     """
 
     allow_http: bool = False
     allow_loopback: bool = False
-    allow: tuple[str, ...] | list[str] = ()
+    allow: Sequence[str] = ()
     local_address: str | None = None
+    _networks: tuple[_Network, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for text in self.allow:
-            try:
-                ipaddress.ip_network(text)
-            except ValueError as error:
-                raise ConfigurationError(f"allow: {text!r} is no network such as '10.0.0.0/8': {error}") from None
+        if isinstance(self.allow, str):
+            raise ConfigurationError(f"allow: must be a sequence such as [{self.allow!r}], not one text")
+        networks = tuple(_network(text) for text in self.allow)
+        object.__setattr__(self, "allow", tuple(self.allow))
+        object.__setattr__(self, "_networks", networks + (_LOOPBACK if self.allow_loopback else ()))
+        if self.local_address is not None and _parsed(self.local_address) is None:
+            raise ConfigurationError(f"local_address: {self.local_address!r} is no IP address")
 
     @classmethod
     def development(cls) -> NetworkPolicy:
@@ -94,101 +110,124 @@ class NetworkPolicy:
         return cls(allow_http=True, allow_loopback=True)
 
     def check_url(self, url: str, field: str = "url") -> str:
-        """Return the url in the form that is stored. Raises ValidationFailed, naming the rule."""
-        if not isinstance(url, str) or not url or len(url) > URL_LENGTH:
+        """Return the url in its canonical form: lower-case ASCII host, no default port, a path.
+
+        Decides what the text alone can decide; a name's addresses are judged when they are dialled. Raises
+        ValidationFailed, which names `field`, the rule, and the setting that would allow it where there is one.
+        """
+        if not isinstance(url, str) or not 1 <= len(url) <= URL_LENGTH:
             raise ValidationFailed(field, f"must be text of 1 to {URL_LENGTH} characters, such as https://example.com/")
         if _FORBIDDEN.search(url):
             raise ValidationFailed(field, "holds a space, a control character or a backslash: percent-encode it")
         try:
             parts = urlsplit(url)
-            port, host = parts.port, parts.hostname
-        except ValueError as error:
-            raise ValidationFailed(field, f"is no url: {error}") from None
+            port = parts.port
+        except ValueError:
+            raise ValidationFailed(field, "is no url: its host or port cannot be read") from None
         self._check_scheme(parts.scheme, field)
-        if "@" in parts.netloc:
-            raise ValidationFailed(field, "holds a user or password: use headers={'Authorization': ...}")
-        if not host or port == 0 or parts.fragment or "#" in url:
-            raise ValidationFailed(field, "needs a host, a port above 0 if any, and no fragment (#)")
-        host = self._check_host(host, field, bracketed="[" in parts.netloc)
-        default = {"http": 80, "https": 443}[parts.scheme]
-        netloc = host if port in {None, default} else f"{host}:{port}"
-        path = _ascii(parts.path) or "/"
-        return f"{parts.scheme}://{netloc}{path}" + (f"?{_ascii(parts.query)}" if parts.query else "")
+        _check_parts(parts, port, url, field)
+        host = self._check_host(parts, field)
+        netloc = host if port in {None, _DEFAULT_PORTS[parts.scheme]} else f"{host}:{port}"
+        query = f"?{_ascii(parts.query)}" if parts.query else ""
+        canonical = f"{parts.scheme}://{netloc}{_ascii(parts.path) or '/'}{query}"
+        if len(canonical) > URL_LENGTH:
+            raise ValidationFailed(field, f"must have at most {URL_LENGTH} characters once it is percent-encoded")
+        return canonical
 
     def _check_scheme(self, scheme: str, field: str) -> None:
-        if scheme not in {"http", "https"}:
+        if scheme not in _DEFAULT_PORTS:
             raise ValidationFailed(field, "must start with https://")
         if scheme == "http" and not self.allow_http:
             raise ValidationFailed(
-                field, "must be https: plain http shows every event to the network (NetworkPolicy(allow_http=True))"
+                field,
+                "must be https: plain http shows every event to the network (NetworkPolicy(allow_http=True) allows it)",
             )
 
-    def _check_host(self, host: str, field: str, *, bracketed: bool) -> str:
-        address = _literal(host, field, bracketed=bracketed)
-        if address is None:
-            host = _to_ascii(host, field)
-            address = _literal(host, field, bracketed=False)
+    def _check_host(self, parts: SplitResult, field: str) -> str:
+        address, host = _host(parts, field)
         if address is None:
             if _LOCAL_NAMES.fullmatch(host) and not self.allow_loopback:
                 raise ValidationFailed(
                     field,
-                    f"{host} is a name of this machine or its cloud (NetworkPolicy.development() allows loopback)",
+                    "has a host that names this machine or its cloud (NetworkPolicy(allow_loopback=True) allows it)",
                 )
             return host
         rule = self.vet(str(address))
         if rule is not None:
-            raise ValidationFailed(
-                field, f"is a refused address ({rule}); NetworkPolicy(allow=[...]) allows networks of yours"
-            )
-        return f"[{address}]" if address.version == 6 else str(address)  # IPv6
+            setting = "allow_loopback=True" if rule == "loopback" else "allow=[...]"
+            raise ValidationFailed(field, f"has a refused address ({rule}); NetworkPolicy({setting}) would allow it")
+        return f"[{address}]" if address.version == 6 else str(address)  # RFC 3986, 3.2.2: IPv6 in brackets
 
     def vet(self, address: str) -> str | None:
-        """Return None when the address may be dialled, else the rule that refuses it."""
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
+        """Return None when the address may be dialled, else the name of the rule that refuses it."""
+        parsed = _parsed(address)
+        if parsed is None:
             return "not an address"
         if isinstance(parsed, IPv6Address) and parsed.scope_id is not None:
             return "scoped"
         if isinstance(parsed, IPv6Address) and (parsed in _MAPPED or parsed in _NAT64):
             # It is the IPv4 address it carries that would be reached.
             parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
-        if self._allowed(parsed):
+        if any(parsed in network for network in self._networks):
             return None
         if isinstance(parsed, IPv6Address) and parsed not in _PUBLIC_V6:
             return "loopback" if parsed.is_loopback else "not public"
         return next((rule for network, rule in _TABLE if parsed in network), None)
 
-    def _allowed(self, address: _Address) -> bool:
-        if self.allow_loopback and any(address in network for network in _LOOPBACK):
-            return True
-        return any(address in ipaddress.ip_network(text) for text in self.allow)
+
+def _network(text: str) -> _Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigurationError(f"allow: {text!r} is no network such as '10.0.0.0/8': {error}") from None
 
 
-def _literal(host: str, field: str, *, bracketed: bool) -> _Address | None:
-    """Return the address that the text is, in every spelling that a resolver would take for one."""
-    if bracketed:
-        try:
-            return IPv6Address(host)
-        except ValueError:
-            raise ValidationFailed(field, "holds brackets without an IPv6 address") from None
-    if not _NUMERIC.fullmatch(host.rstrip(".")):
+def _parsed(address: str) -> _Address | None:
+    try:
+        return ipaddress.ip_address(address)
+    except ValueError:
         return None
+
+
+def _check_parts(parts: SplitResult, port: int | None, url: str, field: str) -> None:
+    if "@" in parts.netloc:
+        raise ValidationFailed(field, "holds a user or password: use headers={'Authorization': ...}")
+    if not parts.hostname:
+        raise ValidationFailed(field, "needs a host, such as https://example.com/")
+    if port == 0:
+        raise ValidationFailed(field, "must have a port from 1 to 65535, if any")
+    if "#" in url:
+        raise ValidationFailed(field, "must not have a fragment (#): it would never be sent")
+
+
+def _host(parts: SplitResult, field: str) -> tuple[_Address | None, str]:
+    """Return the address that the host is, in every spelling a resolver would take for one, or else the name."""
+    host = parts.hostname or ""
+    if "[" in parts.netloc:
+        try:
+            return IPv6Address(host), host
+        except ValueError:
+            raise ValidationFailed(field, "has brackets without an IPv6 address in them") from None
+    name = _to_ascii(host, field)
+    if not _ENDS_IN_NUMBER.fullmatch(name):
+        return None, name
     try:
         # 2130706433, 0x7f000001, 0177.1 and 127.1 are names to ipaddress, and 127.0.0.1 to getaddrinfo.
-        return IPv4Address(socket.inet_aton(host.rstrip(".")))
+        return IPv4Address(socket.inet_aton(name)), name
     except OSError:
         raise ValidationFailed(field, "has a host that ends in a number and is no IPv4 address") from None
 
 
 def _to_ascii(host: str, field: str) -> str:
-    try:
-        encoded = idna.encode(host.removesuffix("."), uts46=True, std3_rules=False).decode().lower()
-    except (idna.IDNAError, UnicodeError) as error:
-        raise ValidationFailed(field, f"has no valid host name: {error}") from None
-    if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", encoded):
+    name = host.removesuffix(".").lower()
+    if not name.isascii() or "xn--" in name:
+        try:
+            name = idna.encode(name, uts46=True, std3_rules=False).decode().lower()
+        except UnicodeError as error:  # idna.IDNAError is one
+            raise ValidationFailed(field, f"has no valid host name: {error}") from None
+    if not _NAME.fullmatch(name):
         raise ValidationFailed(field, "has no valid host name: use letters, digits, - and dots")
-    return encoded
+    return name
 
 
 def _ascii(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, Clock, to_datetime
-from hookwright._errors import Conflict, NotFound, StaleEndpoints, StorageClosed
+from hookwright._errors import Conflict, NotFound, StaleEndpoints, StorageClosed, StorageError
 from hookwright._ids import new_token
 from hookwright._models import (
     Attempt,
@@ -140,6 +140,9 @@ class MemoryStorage(Storage):
             return Receipt(known, count, duplicate=True)
         if endpoints_revision != self._revision:
             raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+        ids = [delivery.id for delivery in deliveries]
+        if len(set(ids)) < len(ids) or not self._rows.keys().isdisjoint(ids):
+            raise StorageError("a delivery id was used before: make a new one for each delivery")
         count = sum(not delivery.skipped for delivery in deliveries)
         self._events[event.id] = (event, now, count)
         if event.idempotency_key is not None:
@@ -308,6 +311,7 @@ class MemoryStorage(Storage):
                 state=stored.state,
                 disabled_reason=stored.disabled_reason,
                 created_at=stored.created_at,
+                consecutive_failures=stored.consecutive_failures,
             )
         )
 
@@ -369,12 +373,14 @@ class MemoryStorage(Storage):
 
     def _change_state(self, endpoint_id: str, state: EndpointState, reason: str | None, now: int) -> bool:
         endpoint = self._endpoints[endpoint_id]
-        if endpoint.deleted or (endpoint.state, endpoint.disabled_reason) == (state, reason):
+        if endpoint.deleted:
+            return False
+        lane = self._lanes[endpoint_id]
+        lane.hold_until = 0 if state is EndpointState.ACTIVE else FOREVER  # ends a hold, also of an active endpoint
+        lane.sweep = DeliveryState.SKIPPED if state is EndpointState.DISABLED else None
+        if (endpoint.state, endpoint.disabled_reason) == (state, reason):
             return False
         self._store(replace(endpoint, state=state, disabled_reason=reason, updated_at=now))
-        lane = self._lanes[endpoint_id]
-        lane.hold_until = 0 if state is EndpointState.ACTIVE else FOREVER
-        lane.sweep = DeliveryState.SKIPPED if state is EndpointState.DISABLED else None
         return True
 
     # -- history ------------------------------------------------------------------------------------------------

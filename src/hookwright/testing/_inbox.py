@@ -75,7 +75,7 @@ class Inbox:
         self._port = port
         self._echo = echo
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[object] | None] = {}
         self._arrived = asyncio.Condition()
         self.received: list[Received] = []
 
@@ -121,19 +121,26 @@ class Inbox:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for writer in list(self._connections):
+        serving = dict(self._connections)
+        for writer, task in serving.items():
             writer.transport.abort()
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*(task for task in serving.values() if task is not None))
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
+        self._connections[writer] = asyncio.current_task()
         try:
             while await self._exchange(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:
+            # Ours, from closing: raised on, it would reach the loop's exception handler instead of us.
+            pass
         finally:
-            self._connections.discard(writer)
+            del self._connections[writer]
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

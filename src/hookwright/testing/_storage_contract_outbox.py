@@ -134,6 +134,7 @@ class EnqueueContract(ContractBase):
                     changes = await world.storage.changes(0)
                     while True:
                         rows = [world.new_delivery(endpoint.id) for endpoint in changes.endpoints]
+                        await asyncio.sleep(0)  # others run between the match and the write
                         try:
                             await world.storage.enqueue(event, rows, endpoints_revision=changes.revision)
                         except StaleEndpoints:
@@ -143,7 +144,7 @@ class EnqueueContract(ContractBase):
                     missed.extend(set(wanted) - {row.endpoint_id for row in rows})
 
             async def create_some() -> None:
-                for _ in range(8):
+                while len(created) < 8:
                     created.append(await world.endpoint())
 
             await asyncio.gather(create_some(), *(emit_a_while() for _ in range(12)))
@@ -219,6 +220,7 @@ class SettleContract(ContractBase):
                 health = (await world.settle(await world.claim_one(), state, retry_in=LEASE, counts=counts)).health
                 assert health is not None
                 seen.append((health.consecutive_failures, health.proven, health.disabled))
+                assert sum(row.attempt_count for row in await world.deliveries()) == len(seen)
                 assert (await world.storage.get_endpoint(endpoint)).consecutive_failures == health.consecutive_failures
             assert seen == [(1, False, False), (2, False, False), (2, False, False), (2, False, False)]
             await world.prove(endpoint)
@@ -250,7 +252,7 @@ class SettleContract(ContractBase):
             one, other = await world.endpoint(), await world.endpoint()
             await world.emit(one, other)
             first, second = (await world.claim()).leases
-            stale = replace(first, token="stale")
+            stale = replace(first, token=second.token)
             outcomes = [world.outcome(stale), world.outcome(second), world.outcome(first, FAILED)]
             assert [settled.held for settled in await world.storage.settle(outcomes)] == [False, True, True]
             assert await world.state(first.delivery_id) is FAILED
@@ -325,12 +327,17 @@ class ReleaseContract(ContractBase):
 
     async def test_a_released_row_is_due_as_scheduled_and_nothing_is_counted(self) -> None:
         async with self.opened() as world:
-            await world.emit(await world.endpoint())
+            endpoint = await world.endpoint()
+            await world.emit(endpoint)
             lease = await world.claim_one()
+            (behind,) = await world.emit(endpoint)
             await world.storage.release([lease])
             again = await world.claim_one()
+            assert again.delivery_id == lease.delivery_id
             assert (again.number, again.spent, again.interruptions, again.taken_over) == (1, 0, 0, False)
             await world.settle(again, PENDING, retry_in=SECOND)
+            await world.settle(await world.claim_one(), FAILED)
+            assert await world.state(behind) is FAILED
             world.pass_time(SECOND)
             retried = await world.claim_one()
             await world.storage.release([retried])

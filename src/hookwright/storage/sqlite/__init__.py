@@ -60,6 +60,7 @@ class SQLiteStorage(Storage):
         self._reader: Connected | None = None
         self._lock = _schema.DeliverLock(self._path)
         self._closing = asyncio.Event()
+        self._closed: asyncio.Task[None] | None = None
         self._version: int | None = None
 
     def __repr__(self) -> str:
@@ -74,6 +75,9 @@ class SQLiteStorage(Storage):
         """See `Storage.open`. Raises ConfigurationError when it is open already."""
         if self._owner is not None:
             raise ConfigurationError("this SQLiteStorage is open already: give each dispatcher its own")
+        if self._closed is not None:
+            await asyncio.shield(self._closed)
+        self._closed = None
         self._closing.clear()
         try:
             _schema.create_file(self._path)
@@ -90,14 +94,20 @@ class SQLiteStorage(Storage):
 
     async def close(self) -> None:
         """See `Storage.close`."""
-        owner, self._owner = self._owner, None
-        reader, self._reader = self._reader, None
+        if self._owner is not None and self._closed is None:
+            self._closed = asyncio.get_running_loop().create_task(self._close(self._owner, self._reader))
+        self._owner = self._reader = None
+        if self._closed is not None:
+            # Shielded: a caller that is cancelled here may call again, the closing goes on meanwhile.
+            await asyncio.shield(self._closed)
+
+    async def _close(self, owner: Owner, reader: Connected | None) -> None:
         self._closing.set()
         if reader is not None:
             await reader.close()
-        if owner is not None:
-            await owner.call(lambda _: self._lock.release())
-            await owner.close()
+        await owner.finish()
+        await owner.call(lambda _: self._lock.release())
+        await owner.close()
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""

@@ -9,6 +9,7 @@ later wait by time. The claim reads the heads of both queues and serves them in 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
@@ -18,7 +19,7 @@ from hookwright._models import Claim, DeliveryState, EndpointHealth, Lease, Rece
 from hookwright.storage._base import FREE_INTERRUPTIONS, SWEEP_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from hookwright._models import AttemptRecord, NewDelivery, NewEvent, Outcome
     from hookwright.storage._base import ClaimRequest
@@ -143,39 +144,39 @@ ORDER BY due.since, d.id
 def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
     """See `Storage.claim`."""
     leases: list[Lease] = []
-    served: list[str] = []
-    for endpoint_id, proven, room in _open_lanes(database, request, now, leases):
-        held = request.in_flight.get(endpoint_id, ())
-        found = _lease_rows(database, request, now, endpoint_id, proven=proven, limit=room, held=held)
-        leases.extend(found)
-        served.append(endpoint_id)
-    database.executemany(
-        "UPDATE hookwright_delivery SET token = ?, available_at = ? WHERE id = ?",
-        [(lease.token, lease.until, lease.delivery_id) for lease in leases],
-    )
-    _move_on(database, served, now)
+    taken: Counter[str] = Counter()
+    unproven_left = request.unproven_limit
+    # A lane that is early is moved on to its first row's time, and may have hidden one that is due: look again.
+    # Each is early at most once for every result that was written, so that this costs what was delivered.
+    early = True
+    while early:
+        early = False
+        for endpoint_id, earned, cap in _ready_lanes(database, request, now):
+            left = request.limit - len(leases)
+            if left <= 0:
+                break
+            held = request.in_flight.get(endpoint_id, ())
+            doubtful = earned == 0 or endpoint_id in request.slow
+            room = min(max(1, earned), cap or request.endpoint_concurrency) - len(held)
+            room -= taken[endpoint_id]
+            room = min(room, left, unproven_left) if doubtful else min(room, left)
+            if room > 0:
+                found = _lease_rows(database, request, now, endpoint_id, proven=earned > 0, limit=room, held=held)
+                leases.extend(found)
+                taken[endpoint_id] += len(found)
+                unproven_left -= len(found) * doubtful
+                first = _move_on(database, endpoint_id, now)
+                early = early or (not found and first > now)
     return Claim(leases, _next_due(database, now))
 
 
-def _open_lanes(
-    database: Database, request: ClaimRequest, now: int, leases: list[Lease]
-) -> Iterator[tuple[str, bool, int]]:
-    """Yield (endpoint, proven, room), in turn; `leases` grows meanwhile and says what is left of the limits."""
+def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[tuple[str, int, int | None]]:
+    """Return (endpoint, earned, cap) of the lanes that are due and not held, as many as can matter, in turn."""
+    if request.limit <= 0:
+        return []
     busy = len(request.in_flight)
     limits = {"now": now, "limit": request.limit + busy, "unproven": min(request.limit, request.unproven_limit) + busy}
-    lanes = database.execute(_LANES, limits).fetchall() if request.limit > 0 else []
-    unproven_left = request.unproven_limit
-    for endpoint_id, earned, cap, _ in lanes:
-        left = request.limit - len(leases)
-        if left <= 0:
-            return
-        doubtful = earned == 0 or endpoint_id in request.slow
-        room = min(max(1, earned), cap or request.endpoint_concurrency) - len(request.in_flight.get(endpoint_id, ()))
-        room = min(room, left, unproven_left) if doubtful else min(room, left)
-        if room > 0:
-            before = len(leases)
-            yield endpoint_id, earned > 0, room
-            unproven_left -= (len(leases) - before) * doubtful
+    return [row[:3] for row in database.execute(_LANES, limits).fetchall()]
 
 
 def _lease_rows(
@@ -223,19 +224,25 @@ def _lease_rows(
                 proven=proven,
             )
         )
+    database.executemany(
+        "UPDATE hookwright_delivery SET token = ?, available_at = ? WHERE id = ?",
+        [(lease.token, lease.until, lease.delivery_id) for lease in leases],
+    )
     return leases
 
 
-def _move_on(database: Database, endpoint_ids: Sequence[str], now: int) -> None:
-    """Give each lane the time of its first row, or a new turn when that is due already."""
-    first = "SELECT min(available_at) FROM hookwright_delivery WHERE endpoint_id = ?1 AND state = 'pending'"
-    moved: list[tuple[int, str]] = []
-    for endpoint_id in endpoint_ids:
-        available_at = database.execute(first, (endpoint_id,)).fetchone()[0]
-        if available_at is None:
-            available_at = FOREVER
-        moved.append((available_at if available_at > now else now >> TURN_BITS, endpoint_id))
-    database.executemany("UPDATE hookwright_lane SET due_at = ? WHERE endpoint_id = ?", moved)
+def _move_on(database: Database, endpoint_id: str, now: int) -> int:
+    """Give a lane the time of its first row, or a new turn when that is due already; return the time."""
+    select_first = "SELECT min(available_at) FROM hookwright_delivery WHERE endpoint_id = ?1 AND state = 'pending'"
+    available_at = database.execute(select_first, (endpoint_id,)).fetchone()[0]
+    if available_at is None:
+        available_at = FOREVER
+    database.execute(
+        "UPDATE hookwright_lane SET due_at = ? WHERE endpoint_id = ?",
+        # The next turn: behind whoever became due within this one.
+        (available_at if available_at > now else (now >> TURN_BITS) + 1, endpoint_id),
+    )
+    return int(available_at)
 
 
 _NEXT_DUE = " UNION ALL ".join(
@@ -334,26 +341,32 @@ def _update_health(database: Database, outcome: Outcome, now: int) -> EndpointHe
     row = database.execute(statement, {"endpoint": outcome.endpoint_id, "most": MOST_EARNED}).fetchall()
     if not row:  # the endpoint is deleted and swept
         return None
-    disabled = outcome.gone and set_state(database, outcome.endpoint_id, "disabled", reason="gone", now=now)
+    disabled = outcome.gone and _disable_gone(database, outcome.endpoint_id, now)
     failures, earned, sweep = row[0]
     return EndpointHealth(failures, earned > 0, disabled=disabled, stopped=disabled or sweep is not None)
 
 
+def _disable_gone(database: Database, endpoint_id: str, now: int) -> bool:
+    alive = "SELECT 1 FROM hookwright_endpoint WHERE id = ? AND deleted = 0"
+    if database.execute(alive, (endpoint_id,)).fetchone() is None:
+        return False
+    return set_state(database, endpoint_id, "disabled", reason="gone", now=now)
+
+
 def set_state(database: Database, endpoint_id: str, state: str, *, reason: str | None, now: int) -> bool:
-    """Change endpoint and lane at once, under the next revision; say whether there was anything to change."""
+    """Change endpoint and lane at once; a change takes the next revision. Say whether there was one."""
+    database.execute(
+        "UPDATE hookwright_lane SET hold_until = ?, sweep = ? WHERE endpoint_id = ?",
+        (0 if state == "active" else FOREVER, "skipped" if state == "disabled" else None, endpoint_id),
+    )
     changed = database.execute(
         "UPDATE hookwright_endpoint SET state = ?1, disabled_reason = ?2, updated_at = ?3, revision = ?4"
         " WHERE id = ?5 AND deleted = 0 AND (state <> ?1 OR disabled_reason IS NOT ?2) RETURNING 1",
         (state, reason, now, revision(database) + 1, endpoint_id),
     ).fetchall()
-    if not changed:
-        return False
-    bump_revision(database)
-    database.execute(
-        "UPDATE hookwright_lane SET hold_until = ?, sweep = ? WHERE endpoint_id = ?",
-        (0 if state == "active" else FOREVER, "skipped" if state == "disabled" else None, endpoint_id),
-    )
-    return True
+    if changed:
+        bump_revision(database)
+    return bool(changed)
 
 
 def bump_revision(database: Database) -> int:

@@ -155,13 +155,16 @@ class Owner:
         """Run `function` in the connection's thread, outside any transaction."""
         return await self._connected.call(function)
 
-    async def close(self) -> None:
-        """Finish what is waiting, then disconnect."""
+    async def finish(self) -> None:
+        """Take nothing more, and write what is waiting."""
         self._closing = True
         self._arrived.set()
         if self._task is not None:
-            # Shielded: whoever waits for the close may be cancelled, what was asked for is still written.
-            await asyncio.shield(self._task)
+            await asyncio.wait({self._task})
+
+    async def close(self) -> None:
+        """Finish what is waiting, then disconnect."""
+        await self.finish()
         await self._connected.close()
 
     async def _run(self) -> None:

@@ -1,0 +1,44 @@
+"""StorageContract: every promise of `storage/_base.py` as a test, for any backend."""
+
+from __future__ import annotations
+
+from hookwright.testing._storage_contract_cancel import CancellationContract, NeighbourContract
+from hookwright.testing._storage_contract_endpoints import EndpointContract, SweepContract
+from hookwright.testing._storage_contract_history import HistoryContract, LifeContract
+from hookwright.testing._storage_contract_lanes import NextDueContract, RoomContract, TurnContract
+from hookwright.testing._storage_contract_law import LaneLawContract
+from hookwright.testing._storage_contract_outbox import EnqueueContract, ReleaseContract, SettleContract
+
+
+class StorageContract(
+    EnqueueContract,
+    SettleContract,
+    ReleaseContract,
+    RoomContract,
+    TurnContract,
+    NextDueContract,
+    LaneLawContract,
+    EndpointContract,
+    SweepContract,
+    HistoryContract,
+    LifeContract,
+    CancellationContract,
+    NeighbourContract,
+):
+    """What a storage must do to be one: subclass it in a test module, and say how to make yours.
+
+    Needs pytest, pytest-asyncio in auto mode, and Hypothesis. `make_storage` returns a new, empty storage that is not
+    open; it may be called several times in a test. A durable storage also says what the next process would use:
+    `reopen` returns another object on the same rows. A storage that loses everything with its object keeps the
+    default, which is the same object again. Time is set by hand and begins in 2026; nothing sleeps.
+
+    ```python
+    from hookwright import MemoryStorage
+    from hookwright.testing import StorageContract
+
+
+    class TestMemoryStorage(StorageContract):
+        async def make_storage(self) -> MemoryStorage:
+            return MemoryStorage()
+    ```
+    """
