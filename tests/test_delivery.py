@@ -35,7 +35,7 @@ from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import pytest
 
@@ -73,7 +73,7 @@ async def test_the_default_schedule_makes_ten_attempts_over_75_hours(storage_url
     started: list[int] = []
 
     def refuse(request: Request) -> int:
-        started.append((clock.now() - begin) / 1e6)
+        started.append((clock.now() - begin) // 1_000_000)
         return 503
 
     async with Dispatcher(storage_url, transport=FakeTransport(refuse), clock=clock) as dispatcher:
@@ -144,9 +144,13 @@ async def test_410_disables_the_endpoint_and_nothing_more_is_sent(storage_url: s
 
 
 async def test_retry_after_is_a_floor_and_never_a_shortcut(storage_url: str, clock: VirtualClock) -> None:
-    answers = [Response(503, (("Retry-After", "60"),)), Response(429, (("retry-after", "1"),)), 200]
+    answers: list[Response | int] = [
+        Response(503, (("Retry-After", "60"),)),
+        Response(429, (("retry-after", "1"),)),
+        200,
+    ]
     times: list[int] = []
-    replies = iter(answers)
+    replies: Iterator[Response | int] = iter(answers)
 
     def answer(request: Request) -> Response | int:
         times.append(clock.now() // 1_000_000)

@@ -108,7 +108,7 @@ class RetryPolicy:
     from hookwright import RetryPolicy
 
     policy = RetryPolicy(
-        wait=tenacity.wait_exponential_jitter(initial=2, max=3600),
+        wait=tenacity.wait_exponential_jitter(multiplier=2, max=3600),
         stop=tenacity.stop_after_attempt(8),
     )
     exact = RetryPolicy.schedule(0, 60, 300, 900, 1800)
@@ -142,7 +142,8 @@ class RetryPolicy:
         if not delays or any(not delay >= 0 for delay in delays) or not 0 <= jitter <= 1:
             raise ConfigurationError("schedule: give one delay >= 0 for each attempt, and a jitter from 0 to 1")
         wait = _Schedule(delays, jitter, random or random_module.Random())  # noqa: S311  # spreads load, guards nothing
-        return cls(wait=wait, stop=tenacity.stop_after_attempt(len(delays)), ceiling=max(86_400.0, *delays))
+        ceiling = max(RETRY_AFTER_CEILING, *delays) + _JITTER_MOST
+        return cls(wait=wait, stop=tenacity.stop_after_attempt(len(delays)), ceiling=ceiling)
 
     @classmethod
     def standard(cls, *, random: Random | None = None) -> RetryPolicy:

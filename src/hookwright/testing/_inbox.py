@@ -70,7 +70,9 @@ class Inbox:
         port: int = 0,
         echo: Callable[[str], object] | None = None,
     ) -> None:
-        self._secrets = list(secrets)
+        self._secrets: list[str | Revealing] = []
+        for secret in secrets:
+            self.expect(secret)
         self._responders: list[Responder] = [status]
         self._port = port
         self._echo = echo
@@ -92,6 +94,7 @@ class Inbox:
         """Verify signatures by this secret too: the one that `endpoints.create` returned."""
         if secret is None:
             raise ValueError("this endpoint carries no secret: take the one that endpoints.create returned")
+        Verifier(secret)  # raises ValueError for what is no secret, now and not at the first webhook
         self._secrets.append(secret)
 
     def respond_with(self, *responders: Responder) -> None:

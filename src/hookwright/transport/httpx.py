@@ -7,7 +7,9 @@ content decoding (590 bytes of gzip become 268 MB), and no total timeout.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 import httpcore2
@@ -16,12 +18,13 @@ import httpx2
 from hookwright._addresses import NetworkPolicy
 from hookwright._errors import ConfigurationError
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Request, Response
-from hookwright.transport._pinned import BlockedTarget, DNSFailed, PinnedTransport, PoolKey
+from hookwright.transport._pinned import BlockedTarget, DNSFailed, PinnedTransport, PoolKey, TLSFailed
 
 if TYPE_CHECKING:
     from hookwright.transport._resolver import Resolver
 
 _URLS_KEPT = 4096
+_OURS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
 
 
 class HttpxTransport:
@@ -57,52 +60,30 @@ class HttpxTransport:
         self._urls: dict[str, httpx2.URL] = {}
 
     async def send(self, request: Request) -> Response | Failure:
-        """Send one attempt; see `Transport.send`."""
-        partial: list[Response] = []
+        """Send one attempt; see `Transport.send`. Raises nothing but an outer cancellation."""
+        answer = _Answer()
         deadline = asyncio.timeout(request.total_timeout)
         try:
             async with deadline:
-                return await self._exchange(request, partial)
+                await self._exchange(request, answer)
         except Exception as error:  # noqa: BLE001  # a failure is a value; every exception is converted in one place
             # Once there is a status the attempt is judged by it, however the body ended.
-            return partial[0] if partial else _failure(error, expired=deadline.expired())
+            return answer.response() or _failure(error, expired=deadline.expired())
+        return answer.response() or Failure("protocol_error", answer.refused)
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._inner.aclose()
 
-    async def _exchange(self, request: Request, partial: list[Response]) -> Response | Failure:
-        answer = await self._inner.handle_async_request(self._build(request))
+    async def _exchange(self, request: Request, answer: _Answer) -> None:
+        received = await self._inner.handle_async_request(self._build(request))
+        stream = received.stream
+        assert isinstance(stream, httpx2.AsyncByteStream)
         try:
-            headers = tuple(
-                (name.decode("ascii", "replace"), value.decode("utf-8", "replace"))
-                for name, value in answer.headers.raw
-            )
-            if not 200 <= answer.status_code <= 599:  # RFC 9110, 15: what an answer may be
-                return Failure("protocol_error", f"status {answer.status_code}")
-            if sum(len(name) + len(value) for name, value in headers) > RESPONSE_HEADERS:
-                return Failure("protocol_error", "response headers over 32 KiB")
-            partial.append(Response(answer.status_code, headers, b"", truncated=True))
-            body, whole = await self._read(answer, partial)
-            return Response(answer.status_code, headers, body, truncated=not whole)
+            if answer.accept_head(received):
+                await answer.read(stream)
         finally:
-            await answer.stream.aclose()  # type: ignore[union-attr]  # the answer to an async transport has an async stream
-
-    async def _read(self, answer: httpx2.Response, partial: list[Response]) -> tuple[bytes, bool]:
-        if answer.status_code == 204:  # No Content
-            return b"", True
-        body = bytearray()
-        async for chunk in answer.stream:  # type: ignore[union-attr]  # see above
-            body += chunk
-            if len(body) > RESPONSE_KEPT:
-                partial[0] = Response(
-                    answer.status_code, partial[0].headers, bytes(body[:RESPONSE_KEPT]), truncated=True
-                )
-            if len(body) > RESPONSE_READ:
-                return bytes(body[:RESPONSE_KEPT]), False
-            if len(body) <= RESPONSE_KEPT:
-                partial[0] = Response(answer.status_code, partial[0].headers, bytes(body), truncated=True)
-        return bytes(body[:RESPONSE_KEPT]), len(body) <= RESPONSE_KEPT
+            await stream.aclose()
 
     def _build(self, request: Request) -> httpx2.Request:
         url = self._urls.get(request.url)
@@ -113,9 +94,11 @@ class HttpxTransport:
         headers = [
             (b"Host", url.netloc),
             (b"Accept-Encoding", b"identity"),
-            (b"Content-Length", str(len(request.body)).encode()),
-            *((name.encode("ascii"), value.encode("ascii")) for name, value in request.headers),
+            (b"Content-Length", b"%d" % len(request.body)),
         ]
+        for name, value in request.headers:
+            if name.lower() not in _OURS:
+                headers.append((name.encode("ascii"), value.encode("ascii")))
         key = PoolKey(
             request.endpoint_id, request.revision, request.connections, request.dns_timeout, request.connect_timeout
         )
@@ -124,14 +107,66 @@ class HttpxTransport:
         )
 
 
+class _Answer:
+    """What has arrived so far; from the status line on, a response whatever happens to the body."""
+
+    __slots__ = ("_body", "_headers", "_status", "_whole", "refused")
+
+    def __init__(self) -> None:
+        self._status = 0
+        self._headers: tuple[tuple[str, str], ...] = ()
+        self._body = bytearray()
+        self._whole = False
+        self.refused = ""
+
+    def accept_head(self, received: httpx2.Response) -> bool:
+        """Take status and headers, unless `refused` says why not."""
+        raw = received.headers.raw
+        if not 200 <= received.status_code <= 599:  # RFC 9110, 15: what a final answer may be
+            self.refused = f"status {received.status_code} is no final HTTP status"
+        elif sum(len(name) + len(value) + 4 for name, value in raw) > RESPONSE_HEADERS:  # as sent, with ": " and CRLF
+            self.refused = f"response headers over {RESPONSE_HEADERS // 1024} KiB"
+        else:
+            self._headers = tuple(
+                (name.decode("ascii", "replace"), value.decode("utf-8", "replace")) for name, value in raw
+            )
+            self._status = received.status_code
+        return not self.refused
+
+    async def read(self, stream: httpx2.AsyncByteStream) -> None:
+        """Read the raw body up to the cap."""
+        chunks = aiter(stream)
+        try:
+            async for chunk in chunks:
+                self._body += chunk
+                if len(self._body) > RESPONSE_READ:
+                    return
+            self._whole = True
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                # Left to the collector, an unfinished generator would be closed at some later time.
+                await chunks.aclose()
+
+    def response(self) -> Response | None:
+        """Return the response, or None before its head was accepted."""
+        if not self._status:
+            return None
+        truncated = not self._whole or len(self._body) > RESPONSE_KEPT
+        return Response(self._status, self._headers, bytes(self._body[:RESPONSE_KEPT]), truncated=truncated)
+
+
+# In order: a subclass before its base. An empty detail is the exception's own words.
 _CODES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str, str], ...] = (
     (DNSFailed, "dns_error", ""),
+    (TLSFailed, "tls_error", ""),
     ((httpcore2.ConnectTimeout, httpx2.ConnectTimeout), "connect_timeout", "no connection in time"),
     ((httpcore2.TimeoutException, httpx2.TimeoutException), "timeout", "no answer in time"),
-    ((httpcore2.ConnectError, httpx2.ConnectError), "connect_error", "the connection was refused, or is unreachable"),
+    ((httpcore2.ConnectError, httpx2.ConnectError), "connect_error", "no connection: refused, reset or unreachable"),
     ((httpcore2.ProtocolError, httpx2.ProtocolError), "protocol_error", ""),
-    ((httpcore2.NetworkError, httpx2.NetworkError, OSError), "connection_error", "the connection broke"),
+    ((httpcore2.NetworkError, httpx2.NetworkError, OSError), "connect_error", "the connection broke"),
 )
+# h11 repeats what it received, or was given, from the first quote, bracket or colon on; that may be a secret of ours.
+_REPEATED = re.compile(r"\s*(?:b?['\"]|bytearray|[:(\[]).*", re.DOTALL)
 
 
 def _failure(error: BaseException, *, expired: bool) -> Failure:
@@ -139,17 +174,17 @@ def _failure(error: BaseException, *, expired: bool) -> Failure:
     if isinstance(error, TimeoutError) and expired:
         return Failure("timeout", "no complete answer within the total timeout")
     if isinstance(error, BlockedTarget):
-        return Failure("blocked_target", f"the host resolves to a refused address ({error.rule})")
-    tls = _cause(error, ssl.SSLError)
-    if tls is not None:
-        return Failure("tls_error", getattr(tls, "verify_message", "") or getattr(tls, "reason", "") or "TLS failed")
+        return Failure("blocked_target", f"the network policy refuses the target ({error.rule}); see NetworkPolicy")
+    if not isinstance(error, TLSFailed) and _caused_by_tls(error):
+        return Failure("tls_error", "the TLS handshake failed")
     for kinds, code, detail in _CODES:
         if isinstance(error, kinds):
-            return Failure(code, detail or str(error)[:200])
+            own_words = str(error) if isinstance(error, (DNSFailed, TLSFailed)) else _REPEATED.sub("", str(error))
+            return Failure(code, detail or own_words[:200])
     return Failure("transport_error", type(error).__name__)
 
 
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    while error is not None and not isinstance(error, kind):
+def _caused_by_tls(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLError):
         error = error.__cause__ or error.__context__
-    return error
+    return error is not None
