@@ -35,7 +35,7 @@ async def test_the_demo_says_so_when_an_outcome_is_not_the_expected_one() -> Non
 
 def test_received_text_can_neither_mark_up_nor_control_the_terminal() -> None:
     out = io.StringIO()
-    Console(file=out, force_terminal=True).print(_demo.shown("[red]a\x1b[31m\x07"))
+    Console(file=out, force_terminal=True, highlight=False).print(_demo.shown("[red]a\x1b[31m\x07"))
     assert "[red]a\\x1b[31m\\x07" in out.getvalue()
 
 

@@ -1,0 +1,29 @@
+"""The benchmarks run, and each says what it compares with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["emit", "deliver", "isolation", "idle", "imports"])
+def test_a_benchmark_runs_and_prints_its_reference_and_target(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "run", name, "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "<=" in done.stdout or ">=" in done.stdout
+    assert json.loads(file.read_text("utf-8"))[0]["results"]
+
+
+def test_the_list_names_every_benchmark() -> None:
+    command = [sys.executable, "-m", "benchmarks", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["emit", "deliver", "isolation", "idle", "imports"]
