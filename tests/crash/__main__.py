@@ -19,13 +19,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hookwright-crash-") as folder:
-        report = asyncio.run(run(Path(folder), kills=options.kills, seed=options.seed, progress=print))
+        report = asyncio.run(run(Path(folder), kills=options.kills, seed=options.seed, progress=lambda text: print(text, flush=True)))
     print(f"kill -9                       {report.kills}")
     print(f"acknowledged events           {len(report.acknowledged)}")
     print(f"acknowledged and lost         {len(report.lost)}")
     print(f"stored by half                {len(report.half_done)}")
     print(f"repeated attempts             {report.repeats}")
-    print(f"most repeats after one kill   {report.most_repeats_of_a_kill} (in flight at most {CONCURRENCY})")
+    print(f"in flight at all kills        {sum(report.in_flight)} (at one: at most {max(report.in_flight)})")
+    print(f"concurrency                   {CONCURRENCY}")
     print(f"integrity_check               {report.integrity}")
     return 0 if report.good else 1
 
