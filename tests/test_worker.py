@@ -258,7 +258,7 @@ async def test_shutdown_waits_for_what_is_in_flight(storage_url: str) -> None:
 async def test_shutdown_gives_back_what_hangs_and_it_costs_nothing(sqlite_url: str) -> None:
     transport = FakeTransport()
     transport.respond(URL, transport.hang)
-    profile = {"default": Profile(retry=RetryPolicy.schedule(0))}
+    profile = {"default": Profile(retry=RetryPolicy.schedule(0, 0))}
     for _ in range(3):
         async with Dispatcher(sqlite_url, transport=transport, profiles=profile, shutdown_timeout=0.01) as dispatcher:
             if not (await dispatcher.endpoints.list()).items:
@@ -266,12 +266,12 @@ async def test_shutdown_gives_back_what_hangs_and_it_costs_nothing(sqlite_url: s
                 await dispatcher.emit("video.ready")
             before = len(transport.requests)
             await until(lambda before=before: len(transport.requests) > before)
-    async with Dispatcher(sqlite_url, transport=FakeTransport(), profiles=profile) as dispatcher:
+    async with Dispatcher(sqlite_url, transport=FakeTransport([500, 200]), profiles=profile) as dispatcher:
         [delivery] = (await dispatcher.deliveries.list()).items
         [done] = await dispatcher.deliveries.wait(delivery.event_id, timeout=10)
         assert done.state is DeliveryState.SUCCEEDED
         errors = [attempt.error for attempt in await dispatcher.deliveries.attempts(done.id)]
-        assert errors == ["interrupted", "interrupted", "interrupted", None]
+        assert errors == ["interrupted", "interrupted", "interrupted", "http_status", None]
 
 
 async def test_a_second_dispatcher_stands_by_and_takes_over(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -334,7 +334,8 @@ async def test_a_delivery_that_kills_its_process_ends_by_its_retry_policy(attemp
     async with Dispatcher(Crashing(), transport=transport, clock=clock, profiles=profile) as dispatcher:
         await dispatcher.endpoints.create(URL, events=["*"])
         receipt = await dispatcher.emit("video.ready")
-        [delivery] = await dispatcher.deliveries.wait(receipt.event_id)
+        async with asyncio.timeout(10):
+            [delivery] = await dispatcher.deliveries.wait(receipt.event_id)
         assert delivery.state is DeliveryState.FAILED
         assert delivery.last_error == "interrupted"
         assert len(transport.requests) == 3 + attempts

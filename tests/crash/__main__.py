@@ -19,7 +19,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hookwright-crash-") as folder:
-        report = asyncio.run(run(Path(folder), kills=options.kills, seed=options.seed, progress=lambda text: print(text, flush=True)))
+        report = asyncio.run(
+            run(Path(folder), kills=options.kills, seed=options.seed, progress=lambda text: print(text, flush=True))
+        )
     print(f"kill -9                       {report.kills}")
     print(f"acknowledged events           {len(report.acknowledged)}")
     print(f"acknowledged and lost         {len(report.lost)}")

@@ -39,14 +39,14 @@ def enqueue(
     database: Database, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int, now: int
 ) -> Receipt:
     """See `Storage.enqueue`."""
-    duplicate = _duplicate(database, event)
-    if duplicate is not None:
-        return duplicate
     if revision(database) != endpoints_revision:
+        duplicate = _duplicate(database, event)
+        if duplicate is not None:
+            return duplicate
         raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
     count = sum(not delivery.skipped for delivery in deliveries)
-    database.execute(
-        "INSERT INTO hookwright_event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    stored = database.execute(
+        "INSERT INTO hookwright_event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (
             event.id,
             event.type,
@@ -59,7 +59,11 @@ def enqueue(
             event.digest,
             count,
         ),
-    )
+    ).rowcount
+    if not stored:  # the id or the key was there already: the unique indexes say so at no cost to the usual case
+        duplicate = _duplicate(database, event)
+        assert duplicate is not None
+        return duplicate
     database.executemany(
         "INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at, created_at,"
         " finished_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

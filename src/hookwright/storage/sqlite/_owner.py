@@ -92,7 +92,7 @@ class Connected:
         # aiosqlite's thread is not a daemon: without this a forgotten `aclose` would hang the interpreter's exit.
         main, connection = threading.main_thread(), self._connection
         while main.is_alive() and not self._closed.is_set():
-            main.join(1.0)
+            main.join(5.0)
         if not self._closed.is_set() and connection is not None:
             connection.stop()
 
