@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from tests.crash._child import CONCURRENCY

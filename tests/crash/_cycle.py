@@ -109,7 +109,7 @@ async def _drain(database: Path) -> None:
 
 
 def _leased(database: Path) -> int:
-    """Return how many deliveries the killed process had leased; rows of earlier kills were freed, to 0, at its start."""
+    """Return how many deliveries the killed process had leased; what earlier ones had is at 0 since its start."""
     with sqlite3.connect(database) as connection:
         count = connection.execute(
             "SELECT count(*) FROM hookwright_delivery WHERE token IS NOT NULL AND available_at > 0"
