@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from tests.crash._child import CONCURRENCY
