@@ -27,8 +27,9 @@ LINES = [
     ["_retry", "_snapshot"],
     ["_profile", "_matching"],
     ["storage._cursor", "transport._resolver", "storage.sqlite._owner"],
-    ["storage.memory", "storage.sqlite._outbox", "storage.sqlite._schema", "transport._pinned"],
-    ["storage.sqlite._endpoints", "storage.sqlite._history", "transport.httpx"],
+    ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
+    ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
+    ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx"],
     ["storage.sqlite"],
     ["_delivery", "_endpoints", "_deliveries"],
     ["_worker"],
@@ -84,7 +85,7 @@ def test_every_module_imports_only_from_below() -> None:
             if target is None:
                 continue
             if target == "storage.sqlite" and module.startswith("storage.sqlite"):
-                continue  # a sibling, named by `from hookwright.storage.sqlite import _outbox`
+                continue  # a sibling, named by `from hookwright.storage.sqlite import _claim`
             if target not in height or height[target] >= height[module]:
                 wrong.append(f"{module} imports {target or 'the root'}")
     assert wrong == []

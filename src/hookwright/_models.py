@@ -1,4 +1,4 @@
-"""The values: what applications read (pydantic, frozen) and what the hot path hands on (slotted dataclasses).
+"""The values: what applications read (pydantic, frozen) and what the hot path hands on (named tuples).
 
 `DELIVERY_STATES` is the delivery's state machine as a table; `docs/design.md` draws its diagram from it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -169,8 +169,7 @@ class Receipt:
     duplicate: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(NamedTuple):
     """An event ready to be stored: validated, its data already bytes. Times in microseconds UTC."""
 
     id: str
@@ -183,8 +182,7 @@ class NewEvent:
     digest: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NewDelivery:
+class NewDelivery(NamedTuple):
     """One row of the fan-out. `available_at` 0 is at once, whatever a clock does; `skipped` rows are only recorded."""
 
     id: str
@@ -225,8 +223,7 @@ class EndpointRow:
         return f"EndpointRow(id={self.id!r}, revision={self.revision})"
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """The right to attempt a delivery until `until` (steady microseconds), under `token`.
 
     `number` is the coming attempt's. `spent` is how many attempts have counted against the retry policy so far;
@@ -238,7 +235,6 @@ class Lease:
     token: str
     until: int
     endpoint_id: str
-    endpoint_revision: int
     event_id: str
     event_type: str
     data: bytes
@@ -253,16 +249,18 @@ class Lease:
     proven: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What a claim brought, and when to come again: the next time anything becomes due (None: nothing is waiting)."""
+class Claim(NamedTuple):
+    """What a claim brought, and when to come again: the next time anything becomes due (None: nothing is waiting).
+
+    `endpoints_revision` is the storage's endpoint counter: whoever sends must know the endpoints as of it.
+    """
 
     leases: list[Lease]
     next_due: int | None
+    endpoints_revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRecord:
+class AttemptRecord(NamedTuple):
     """One try, as it is stored. Times in microseconds UTC."""
 
     started_at: int
@@ -293,8 +291,7 @@ def to_attempt(delivery_id: str, number: int, record: AttemptRecord) -> Attempt:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A leased delivery's new state. `retry_in` (microseconds) goes with PENDING; `gone` disables the endpoint as well.
 
     `attempt` is None when nothing was sent (the budget was already spent on interruptions).
@@ -310,8 +307,7 @@ class Outcome:
     counts: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointHealth:
+class EndpointHealth(NamedTuple):
     """How the endpoint does after a settled attempt.
 
     `disabled`: this very outcome disabled it. `stopped`: it is disabled or deleted, and rows of it wait to be swept.
@@ -323,8 +319,7 @@ class EndpointHealth:
     stopped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """Whether the lease still held (if not, nothing was written), and the endpoint's new health."""
 
     held: bool

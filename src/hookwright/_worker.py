@@ -153,8 +153,8 @@ class Worker:
 
     async def _refresh_endpoints(self, claim: Claim) -> None:
         # The claim is the last judge: an endpoint that changed since the cache was read is read again first.
-        newest = max((lease.endpoint_revision for lease in claim.leases), default=-1)
-        if newest > self._cache.revision and await self._cache.refresh(newest - 1):
+        known = self._cache.revision
+        if claim.leases and claim.endpoints_revision > known and await self._cache.refresh(known):
             self._on_stopped_endpoints()
 
     def _back_off(self, error: Exception) -> _Pass:

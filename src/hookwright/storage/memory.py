@@ -179,7 +179,8 @@ class MemoryStorage(Storage):
             for lane in self._lanes.values()
             if lane.rows
         )
-        return Claim(leases, min((time for time in later if now < time < FOREVER), default=None))
+        next_due = min((time for time in later if now < time < FOREVER), default=None)
+        return Claim(leases, next_due, self._revision)
 
     def _first_due(self, endpoint_id: str, lane: _Lane, request: ClaimRequest, now: int) -> bool:
         held = request.in_flight.get(endpoint_id, ())
@@ -201,7 +202,6 @@ class MemoryStorage(Storage):
             token=row.token,
             until=row.available_at,
             endpoint_id=row.endpoint_id,
-            endpoint_revision=self._endpoints[row.endpoint_id].revision,
             event_id=row.event.id,
             event_type=row.event.type,
             data=row.event.data,

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from abc import abstractmethod
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import SECOND, Clock
@@ -145,7 +144,7 @@ class World:
         status = 204 if state is DeliveryState.SUCCEEDED else 503
         error = None if state is DeliveryState.SUCCEEDED else "http_status"
         record = AttemptRecord(self.clock.now(), 1000, status=status, error=error)
-        return replace(Outcome(lease.delivery_id, lease.token, lease.endpoint_id, state, record), **fields)
+        return Outcome(lease.delivery_id, lease.token, lease.endpoint_id, state, record)._replace(**fields)
 
     async def prove(self, endpoint_id: str, successes: int = 1) -> None:
         """Let the endpoint answer well so many times."""

@@ -152,7 +152,7 @@ class NeighbourContract(ContractBase):
             events = [world.new_event() for _ in range(5)]
 
             def enqueue(number: int, *rows: Any, revision: int = revision, **changed: Any) -> Verb:
-                event = replace(events[number], **changed)
+                event = events[number]._replace(**changed)
                 return world.storage.enqueue(event, rows, endpoints_revision=revision)
 
             answers = await asyncio.gather(

@@ -110,8 +110,8 @@ class EndpointContract(ContractBase):
             await world.prove(stored.id, 3)
             await world.emit_many(9, stored.id)
             updated = await world.storage.update_endpoint(replace(stored, concurrency=6))
-            leases = (await world.claim()).leases
-            assert [lease.endpoint_revision for lease in leases] == [updated.revision] * 6
+            claim = await world.claim()
+            assert (len(claim.leases), claim.endpoints_revision) == (6, updated.revision)
 
     async def test_a_pause_holds_its_rows_and_a_resume_makes_them_due_as_scheduled(self) -> None:
         async with self.opened() as world:

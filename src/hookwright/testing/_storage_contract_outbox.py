@@ -61,7 +61,7 @@ class EnqueueContract(ContractBase):
             event = world.new_event(idempotency_key="k", tenant="a")
             await world.enqueue(event, world.new_delivery(endpoint), world.new_delivery(endpoint))
             by_key = world.new_event(idempotency_key="k", tenant="b")
-            for repeated in (event, by_key, replace(event, idempotency_key=None)):
+            for repeated in (event, by_key, event._replace(idempotency_key=None)):
                 receipt = await world.enqueue(repeated, world.new_delivery(endpoint))
                 assert receipt == Receipt(event.id, 2, duplicate=True)
             assert len(await world.deliveries()) == 2
@@ -74,7 +74,7 @@ class EnqueueContract(ContractBase):
             event = world.new_event(idempotency_key="k")
             await world.enqueue(event, world.new_delivery(endpoint))
             other = world.new_event(idempotency_key="k", digest=b"other")
-            for changed in (other, replace(event, digest=b"other"), replace(other, digest=None)):
+            for changed in (other, event._replace(digest=b"other"), other._replace(digest=None)):
                 with pytest.raises(Conflict):
                     await world.enqueue(changed, world.new_delivery(endpoint))
             assert len(await world.deliveries()) == 1
@@ -161,8 +161,7 @@ class SettleContract(ContractBase):
             lease = await world.claim_one()
             outcome = world.outcome(lease)
             assert outcome.attempt is not None
-            record = replace(
-                outcome.attempt,
+            record = outcome.attempt._replace(
                 duration=1_500_000,
                 response_headers=(("server", "x"), ("a", "b")),
                 response_body=b"\x00ok",
@@ -170,7 +169,7 @@ class SettleContract(ContractBase):
                 detail="fine",
                 body_sha256=b"\x01" * 32,
             )
-            (settled,) = await world.storage.settle([replace(outcome, attempt=record)])
+            (settled,) = await world.storage.settle([outcome._replace(attempt=record)])
             assert (settled.held, settled.next_attempt_at) == (True, None)
             delivery = await world.storage.get_delivery(lease.delivery_id)
             assert (delivery.state, delivery.attempt_count, delivery.last_status) == (SUCCEEDED, 1, 204)
@@ -252,7 +251,7 @@ class SettleContract(ContractBase):
             one, other = await world.endpoint(), await world.endpoint()
             await world.emit(one, other)
             first, second = (await world.claim()).leases
-            stale = replace(first, token=second.token)
+            stale = first._replace(token=second.token)
             outcomes = [world.outcome(stale), world.outcome(second), world.outcome(first, FAILED)]
             assert [settled.held for settled in await world.storage.settle(outcomes)] == [False, True, True]
             assert await world.state(first.delivery_id) is FAILED
@@ -294,7 +293,7 @@ class SettleContract(ContractBase):
 
     async def _nothing_changes(self, world: World, stale: list[Lease]) -> None:
         before = await world.snapshot()
-        for lease in [*stale, replace(stale[0], token=""), replace(stale[0], delivery_id="dlv_unknown")]:
+        for lease in [*stale, stale[0]._replace(token=""), stale[0]._replace(delivery_id="dlv_unknown")]:
             for state in (SUCCEEDED, FAILED, PENDING):
                 settled = await world.settle(lease, state, gone=True)
                 assert (settled.held, settled.health, settled.next_attempt_at) == (False, None, None)

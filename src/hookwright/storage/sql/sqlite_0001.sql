@@ -87,7 +87,7 @@ CREATE TABLE hookwright_attempt (
     PRIMARY KEY (delivery_id, number)
 ) WITHOUT ROWID;
 
--- One row for each endpoint. due_at: early, never late (see _outbox.py); hold_until: everything that makes it wait.
+-- One row for each endpoint. due_at: early, never late (see _lanes.py); hold_until: everything that makes it wait.
 CREATE TABLE hookwright_lane (
     endpoint_id TEXT PRIMARY KEY,
     due_at INTEGER NOT NULL,

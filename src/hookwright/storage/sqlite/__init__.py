@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hookwright._errors import ConfigurationError
 from hookwright.storage._base import Storage
-from hookwright.storage.sqlite import _endpoints, _history, _outbox, _schema
+from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _schema, _settle
 from hookwright.storage.sqlite._owner import Connected, Database, Owner, closed, convert, transaction
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from hookwright._clock import Clock
+    from hookwright._errors import HookwrightError
     from hookwright._models import (
         Attempt,
         Claim,
@@ -118,32 +119,38 @@ class SQLiteStorage(Storage):
         if not held:
             # What others commit from here on is news; what they committed before, the first claim sees.
             self._version = await owner.call(_schema.data_version)
-            await owner.submit(lambda database: _outbox.free_leases(database, now))
+            await owner.submit(lambda database: _release.free_leases(database, now))
         return True
 
     async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """See `Storage.enqueue`."""
-        return await self._write(
-            lambda database, now: _outbox.enqueue(
-                database, event, deliveries, endpoints_revision=endpoints_revision, now=now
-            )
+        receipt: Receipt = await self._opened().submit_to(
+            self._enqueue_all, _enqueue.Emitted(event, deliveries, endpoints_revision)
         )
+        return receipt
+
+    def _enqueue_all(self, database: Database, waiting: list[_enqueue.Emitted]) -> list[Receipt | HookwrightError]:
+        return _enqueue.enqueue(database, waiting, self._now())
 
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`."""
-        return await self._write(lambda database, now: _outbox.claim(database, request, now))
+        return await self._write(lambda database, now: _claim.claim(database, request, now))
 
     async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
         """See `Storage.settle`."""
-        return await self._write(lambda database, now: _outbox.settle(database, outcomes, now))
+        settled: list[Settled] = await self._opened().submit_to(self._settle_all, outcomes)
+        return settled
+
+    def _settle_all(self, database: Database, waiting: list[Sequence[Outcome]]) -> list[list[Settled]]:
+        return _settle.settle(database, waiting, self._now())
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
-        await self._write(lambda database, now: _outbox.release(database, leases, sent=sent, hold=hold, now=now))
+        await self._write(lambda database, now: _release.release(database, leases, sent=sent, hold=hold, now=now))
 
     async def sweep(self) -> bool:
         """See `Storage.sweep`."""
-        return await self._write(_outbox.sweep)
+        return await self._write(_release.sweep)
 
     async def wait(self, timeout: float) -> bool:
         """See `Storage.wait`."""

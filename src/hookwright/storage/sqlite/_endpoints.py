@@ -10,7 +10,7 @@ from hookwright._errors import Conflict, NotFound
 from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Page
 from hookwright.storage._base import Changes
 from hookwright.storage._cursor import decode_cursor, encode_cursor
-from hookwright.storage.sqlite._outbox import bump_revision, revision, set_state
+from hookwright.storage.sqlite._lanes import bump_revision, revision
 
 if TYPE_CHECKING:
     from hookwright.storage.sqlite._owner import Database
@@ -93,6 +93,22 @@ def change_state(
     get(database, endpoint_id)
     set_state(database, endpoint_id, state.value, reason=reason, now=now)
     return get(database, endpoint_id)
+
+
+def set_state(database: Database, endpoint_id: str, state: str, *, reason: str | None, now: int) -> bool:
+    """Change endpoint and lane at once; a change takes the next revision. Say whether there was one."""
+    database.execute(
+        "UPDATE hookwright_lane SET hold_until = ?, sweep = ? WHERE endpoint_id = ?",
+        (0 if state == "active" else FOREVER, "skipped" if state == "disabled" else None, endpoint_id),
+    )
+    changed = database.execute(
+        "UPDATE hookwright_endpoint SET state = ?1, disabled_reason = ?2, updated_at = ?3, revision = ?4"
+        " WHERE id = ?5 AND deleted = 0 AND (state <> ?1 OR disabled_reason IS NOT ?2) RETURNING 1",
+        (state, reason, now, revision(database) + 1, endpoint_id),
+    ).fetchall()
+    if changed:
+        bump_revision(database)
+    return bool(changed)
 
 
 def delete(database: Database, endpoint_id: str, now: int) -> None:

@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
@@ -28,7 +29,7 @@ from hookwright._errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
 T = TypeVar("T")
@@ -113,11 +114,16 @@ class Connected:
             await connection.close()
 
 
-class _Operation:
-    __slots__ = ("function", "future", "give_up_at")
+Run = Callable[["Database", list[Any]], list[Any]]
+"""Does everything of one kind that waits: arguments to answers. An answer that is an exception is a refusal."""
 
-    def __init__(self, function: Callable[[Database], Any], future: asyncio.Future[Any]) -> None:
-        self.function = function
+
+class _Operation:
+    __slots__ = ("argument", "future", "give_up_at", "run")
+
+    def __init__(self, run: Run, argument: Any, future: asyncio.Future[Any]) -> None:
+        self.run = run
+        self.argument = argument
         self.future = future
         self.give_up_at = time.monotonic() + BUSY_LIMIT
 
@@ -144,10 +150,15 @@ class Owner:
 
     async def submit(self, function: Callable[[Database], T]) -> T:
         """Run `function` in the next transaction and return what it returned, once that is on disk."""
+        answer: T = await self.submit_to(one_by_one, function)
+        return answer
+
+    async def submit_to(self, run: Run, argument: object) -> Any:
+        """Have `run` called in the next transaction, once for all arguments that wait for it; return our answer."""
         if self._closing or self._task is None:
             raise closed()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Operation(function, future))
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Operation(run, argument, future))
         self._arrived.set()
         return await future
 
@@ -182,7 +193,7 @@ class Owner:
 
     async def _commit(self, group: list[_Operation]) -> None:
         try:
-            results = await self._connected.call(lambda database: run_group(database, [op.function for op in group]))
+            answers = await self._connected.call(lambda database: run_group(database, group))
         except StorageBusy as error:
             self._retry_later(group, error)
         except StorageError as error:
@@ -192,8 +203,8 @@ class Owner:
         else:
             self.transactions += 1
             self.operations += len(group)
-            for operation, (result, failure) in zip(group, results, strict=True):
-                _resolve(operation.future, result, failure)
+            for operation, answer in zip(group, answers, strict=True):
+                _resolve(operation.future, answer)
 
     def _retry_later(self, group: list[_Operation], error: StorageBusy) -> None:
         now = time.monotonic()
@@ -202,62 +213,68 @@ class Owner:
 
     def _fail(self, group: Iterable[_Operation], error: BaseException) -> None:
         for operation in group:
-            _resolve(operation.future, None, error)
+            _resolve(operation.future, error)
 
 
-def _resolve(future: asyncio.Future[Any], result: object, failure: BaseException | None) -> None:
+def _resolve(future: asyncio.Future[Any], answer: object) -> None:
     if future.done():  # its caller was cancelled
         return
-    if failure is None:
-        future.set_result(result)
+    if isinstance(answer, BaseException):
+        future.set_exception(answer)
     else:
-        future.set_exception(failure)
+        future.set_result(answer)
 
 
-Answer = tuple[Any, BaseException | None]
-
-
-def run_group(database: Database, functions: list[Callable[[Database], Any]]) -> list[Answer]:
-    """Run all in one transaction. When one fails after it has written, roll back and run them one by one.
+def run_group(database: Database, group: list[_Operation]) -> list[Any]:
+    """Run all in one transaction, each kind together. When one fails that has written, roll back and run each alone.
 
     A refusal that wrote nothing (a duplicate, a stale revision) fails alone and leaves the transaction as it was.
     """
     try:
-        return _transaction(database, functions)
+        return _together(database, group)
     except sqlite3.Error as error:
         if isinstance(convert(error), StorageBusy):
             raise
-    except _HalfWritten:
+    except Exception:  # noqa: BLE001, S110  # whose it is shows when each runs alone
         pass
-    return [_alone(database, function) for function in functions]
+    return [_alone(database, operation) for operation in group]
 
 
-class _HalfWritten(Exception):
-    """An operation failed after it had changed something."""
-
-
-def _transaction(database: Database, functions: list[Callable[[Database], Any]]) -> list[Answer]:
-    answers: list[Answer] = []
+def _together(database: Database, group: list[_Operation]) -> list[Any]:
+    kinds: dict[Run, list[int]] = {}
+    for position, operation in enumerate(group):
+        kinds.setdefault(operation.run, []).append(position)
+    answers: list[Any] = [None] * len(group)
     with transaction(database):
-        for function in functions:
-            before = database.total_changes
-            try:
-                answers.append((function(database), None))
-            except Exception as error:
-                if database.total_changes != before or not isinstance(error, HookwrightError):
-                    raise _HalfWritten from error
-                answers.append((None, error))
+        for run, positions in kinds.items():
+            found = run(database, [group[position].argument for position in positions])
+            for position, answer in zip(positions, found, strict=True):
+                answers[position] = answer
     return answers
 
 
-def _alone(database: Database, function: Callable[[Database], Any]) -> Answer:
+def _alone(database: Database, operation: _Operation) -> Any:
     try:
         with transaction(database):
-            return (function(database), None)
+            return operation.run(database, [operation.argument])[0]
     except (sqlite3.Error, OSError) as error:
-        return (None, convert(error))
+        return convert(error)
     except Exception as error:  # noqa: BLE001  # it goes to the caller whose operation raised it
-        return (None, error)
+        return error
+
+
+def one_by_one(database: Database, functions: list[Callable[[Database], Any]]) -> list[Any]:
+    """Run functions that have no more in common than the transaction."""
+    answers: list[Any] = []
+    for function in functions:
+        before = database.total_changes
+        try:
+            answers.append(function(database))
+        except HookwrightError as error:
+            if database.total_changes != before:
+                raise
+            answers.append(error)
+    return answers
 
 
 @contextlib.contextmanager

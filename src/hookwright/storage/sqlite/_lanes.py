@@ -1,0 +1,48 @@
+"""What every part of the queue needs to know about lanes, and the counter that tells when endpoints changed.
+
+**A lane may be early, never late.** `due_at` of a lane is at most the least `available_at` of its pending rows, or a
+*turn*: a number far below any time (the time in steps of 4 ms), which is due whatever a clock does. Lanes with rows
+for now wait by their turns, so that one that was just served queues up behind those that waited; lanes with rows for
+later wait by time. The claim reads the heads of both queues and serves them in the order of their turns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hookwright.storage.sqlite._owner import Database
+
+TURN_BITS = 12
+"""A turn is a time divided by 2 ** 12: 4 ms."""
+
+TURNS_END = 2**44
+"""Below are turns, above are times: a time reaches it in half a year after 1970, a turn in the year 4200."""
+
+
+def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> None:
+    """Make lanes due no later than these rows (endpoint, available_at), each lane in one step."""
+    turn = now >> TURN_BITS
+    earliest: dict[str, int] = {}
+    for endpoint_id, available_at in rows:
+        due_at = available_at if available_at > now else turn
+        earliest[endpoint_id] = min(due_at, earliest.get(endpoint_id, due_at))
+    database.executemany(
+        "UPDATE hookwright_lane SET due_at = ?1 WHERE endpoint_id = ?2 AND due_at > ?1",
+        [(due_at, endpoint_id) for endpoint_id, due_at in earliest.items()],
+    )
+
+
+def revision(database: Database) -> int:
+    """Return the endpoint counter."""
+    return int(database.execute("SELECT value FROM hookwright_meta WHERE key = 'endpoints_revision'").fetchone()[0])
+
+
+def bump_revision(database: Database) -> int:
+    """Count an endpoint change and return the new revision."""
+    row = database.execute(
+        "UPDATE hookwright_meta SET value = value + 1 WHERE key = 'endpoints_revision' RETURNING value"
+    ).fetchall()
+    return int(row[0][0])

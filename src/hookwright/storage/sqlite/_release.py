@@ -1,0 +1,75 @@
+"""Release, take over, sweep: how rows that nobody will settle go on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hookwright.storage._base import SWEEP_ROWS
+from hookwright.storage.sqlite._claim import record_interruption
+from hookwright.storage.sqlite._lanes import make_due
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookwright._models import Lease
+    from hookwright.storage.sqlite._owner import Database
+
+
+def release(database: Database, leases: Sequence[Lease], *, sent: bool, hold: int, now: int) -> None:
+    """See `Storage.release`."""
+    for lease in leases:
+        row = database.execute(
+            "UPDATE hookwright_delivery SET available_at = scheduled_at, token = NULL,"
+            " attempt_count = attempt_count + ?3, budget_from = budget_from + ?3,"
+            " last_error = CASE ?3 WHEN 1 THEN 'interrupted' ELSE last_error END,"
+            " last_status = CASE ?3 WHEN 1 THEN NULL ELSE last_status END WHERE id = ?1 AND token = ?2"
+            " RETURNING attempt_count, available_at",
+            (lease.delivery_id, lease.token, int(sent)),
+        ).fetchall()
+        if row and sent:
+            record_interruption(database, lease.delivery_id, row[0][0], now)
+        if row:
+            make_due(database, [(lease.endpoint_id, row[0][1])], now)
+        if row and hold:
+            database.execute(
+                "UPDATE hookwright_lane SET hold_until = max(hold_until, ?) WHERE endpoint_id = ?",
+                (now + hold, lease.endpoint_id),
+            )
+
+
+def free_leases(database: Database, now: int) -> None:
+    """What whoever becomes the deliverer does: the rows of the dead are due at once, and nobody is proven any more."""
+    endpoints = database.execute(
+        "SELECT DISTINCT endpoint_id FROM hookwright_delivery WHERE token IS NOT NULL"
+    ).fetchall()
+    database.execute("UPDATE hookwright_delivery SET available_at = 0 WHERE token IS NOT NULL")
+    make_due(database, [(row[0], 0) for row in endpoints], now)
+    database.execute("UPDATE hookwright_lane SET earned = 0 WHERE (earned > 0) = 1")
+
+
+def sweep(database: Database, now: int) -> bool:
+    """See `Storage.sweep`."""
+    left = SWEEP_ROWS
+    for endpoint_id, state in database.execute(
+        "SELECT endpoint_id, sweep FROM hookwright_lane WHERE sweep IS NOT NULL"
+    ).fetchall():
+        left -= database.execute(
+            "UPDATE hookwright_delivery SET state = ?, token = NULL, available_at = 0, scheduled_at = NULL,"
+            " finished_at = ? WHERE id IN (SELECT id FROM hookwright_delivery WHERE endpoint_id = ?"
+            " AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?)",
+            (state, now, endpoint_id, now, left),
+        ).rowcount
+        if left <= 0:
+            return True
+        _forget_swept(database, endpoint_id, state)
+    return False
+
+
+def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:
+    waiting = database.execute(
+        "SELECT 1 FROM hookwright_delivery WHERE endpoint_id = ? AND state = 'pending' LIMIT 1", (endpoint_id,)
+    ).fetchone()
+    if waiting is None and state == "cancelled":
+        database.execute("DELETE FROM hookwright_lane WHERE endpoint_id = ?", (endpoint_id,))
+    elif waiting is None:
+        database.execute("UPDATE hookwright_lane SET sweep = NULL WHERE endpoint_id = ?", (endpoint_id,))
