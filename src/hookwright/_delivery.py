@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from hookwright._clock import SECOND, to_datetime
+from hookwright._deadlines import Deadlines
 from hookwright._envelope import Content
 from hookwright._errors import StorageClosed, StorageError, ValidationFailed
 from hookwright._models import AttemptRecord, DeliveryState, Outcome
@@ -45,15 +44,11 @@ LEASE_MARGIN = 5.0
 UNUSABLE_HOLD = 60.0
 """Seconds for which an endpoint waits whose profile, key or signer cannot be used."""
 
-_OVERTIME = 1.0
-"""Seconds after its total timeout at which a transport that broke its promise is stopped."""
-
 _SETTLE_AGAIN = 1.0
 """Seconds between tries to write a result while the storage cannot take it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A request ready to leave, and what judging its outcome needs."""
 
     request: Request
@@ -62,15 +57,13 @@ class Prepared:
     body_sha256: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
+class Unusable(NamedTuple):
     """Nothing can be sent to this endpoint by this process; `reason` None: it was deleted, and need not be told."""
 
     reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """What came of sending. Times in steady microseconds."""
 
     answer: Response | Failure
@@ -103,6 +96,7 @@ class Deliverer:
         self._user_agent = user_agent
         self._endpoint_concurrency = endpoint_concurrency
         self._on_ended = on_ended
+        self._deadlines = Deadlines()
         self._warned: set[tuple[str, str | None]] = set()
 
     async def deliver(self, lease: Lease) -> Settled | None:
@@ -210,12 +204,10 @@ class Deliverer:
         if self._observers.wanted:
             self._observers.report(AttemptStarted(**_about(lease)))
         started_at = self._clock.now()
-        answer: Response | Failure = Failure("timeout", "the transport did not keep to the total timeout")
         try:
-            async with asyncio.timeout(request.total_timeout + _OVERTIME):
-                answer = await self._transport.send(request)
+            answer = await self._deadlines.keep(self._transport.send(request), request.total_timeout)
         except TimeoutError:
-            pass
+            answer = Failure("timeout", "the transport did not keep to the total timeout")
         except Exception as error:  # noqa: BLE001  # a transport may be the application's; a failure is a value
             answer = Failure("transport_error", type(error).__name__)
         return Sent(answer, started_at, self._clock.now() - started_at)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from hookwright.storage._base import Storage
 
 
-@dataclass(frozen=True, slots=True)
-class CachedEndpoint:
+class CachedEndpoint(NamedTuple):
     """An endpoint, with what matching and sending need made ready once."""
 
     row: EndpointRow

@@ -20,20 +20,23 @@ KEY_BYTES: Final = (24, 64)
 class Secret:
     """A signing secret, masked in str, repr, format, JSON and copies; equal in constant time; never pickled."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_hmac", "_text")
 
     _text: str
+    _hmac: hmac.HMAC | None
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text.startswith(("whsec_", "whsk_")):
             raise ValidationFailed("secret", "must start with whsec_ or whsk_; for any other use Secret.text('...')")
         object.__setattr__(self, "_text", text)
+        object.__setattr__(self, "_hmac", None)
 
     @classmethod
     def text(cls, text: str) -> Self:
         """Return a secret of any text."""
         secret = object.__new__(cls)
         object.__setattr__(secret, "_text", text)
+        object.__setattr__(secret, "_hmac", None)
         return secret
 
     @classmethod
@@ -89,3 +92,11 @@ def standard_webhooks_key(secret: Secret) -> bytes:
     if not KEY_BYTES[0] <= len(key) <= KEY_BYTES[1]:
         raise ValidationFailed("secret", f"must hold 24 to 64 bytes, this one holds {len(key)}")
     return key
+
+
+def standard_webhooks_hmac(secret: Secret) -> hmac.HMAC:
+    """Return a new HMAC-SHA256 under the key of a `whsec_` secret. Raises ValidationFailed."""
+    if secret._hmac is None:  # noqa: SLF001  # the key schedule is as secret as the text, and kept with it
+        object.__setattr__(secret, "_hmac", hmac.new(standard_webhooks_key(secret), digestmod="sha256"))
+        assert secret._hmac is not None  # noqa: SLF001
+    return secret._hmac.copy()  # noqa: SLF001

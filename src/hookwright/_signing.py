@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import hmac
 from typing import TYPE_CHECKING, Protocol
 
 from hookwright._errors import ValidationFailed
-from hookwright._secret import Secret, standard_webhooks_key
+from hookwright._secret import Secret, standard_webhooks_hmac, standard_webhooks_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +35,16 @@ class StandardWebhooks:
         """Return the three `webhook-*` headers."""
         if "." in event_id:
             raise ValidationFailed("event_id", "must hold no dot: it is joined with dots in what is signed")
-        content = b"%b.%d.%b" % (event_id.encode(), timestamp, body)
-        tokens = [
-            "v1," + base64.b64encode(hmac.digest(standard_webhooks_key(secret), content, "sha256")).decode()
-            for secret in secrets
-        ]
+        prefix = b"%b.%d." % (event_id.encode(), timestamp)
         return {
             "webhook-id": event_id,
             "webhook-timestamp": str(timestamp),
-            "webhook-signature": " ".join(tokens),
+            "webhook-signature": " ".join([_signature(secret, prefix, body) for secret in secrets]),
         }
+
+
+def _signature(secret: Secret, prefix: bytes, body: bytes) -> str:
+    mac = standard_webhooks_hmac(secret)
+    mac.update(prefix)
+    mac.update(body)
+    return "v1," + base64.b64encode(mac.digest()).decode()

@@ -51,8 +51,10 @@ def snapshot(
     listed = _attributes(attributes)
     if tenant is not None and not (isinstance(tenant, str) and tenant):
         raise ValidationFailed("tenant", "must be text or None")
-    # The digest tells a repeated emit from another one under the same key. The order of keys counts.
-    digest = hashlib.sha256(b"\0".join([type.encode(), repr(tenant).encode(), encoded])).digest()
+    digest = None
+    if idempotency_key is not None or event_id is not None:
+        # It tells a repeated emit from another one under the same key or id. The order of keys counts.
+        digest = hashlib.sha256(b"\0".join([type.encode(), repr(tenant).encode(), encoded])).digest()
     event = NewEvent(
         id=new_id("evt", clock.now()) if event_id is None else _event_id(event_id),
         type=type,

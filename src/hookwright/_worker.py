@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 
@@ -49,8 +48,7 @@ class _InFlight:
         self.started: dict[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
+class _Pass(NamedTuple):
     """What one look for work found: whether there is nothing to do at all now, and when to look again by itself."""
 
     idle: bool
@@ -83,7 +81,7 @@ class Worker:
         self._lease = round(lease * SECOND)
         self._on_stopped_endpoints = on_stopped_endpoints
         self._endpoints: dict[str, _InFlight] = {}
-        self._tasks: dict[asyncio.Task[None], Lease] = {}
+        self._tasks: dict[str, tuple[asyncio.Task[None], Lease]] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._ended = asyncio.Event()
@@ -178,28 +176,27 @@ class Worker:
         endpoint.proven = lease.proven
         endpoint.started[lease.delivery_id] = self._clock.now()
         task = asyncio.get_running_loop().create_task(self._carry_out(lease, endpoint))
-        self._tasks[task] = lease
-        task.add_done_callback(self._free_slot)
+        self._tasks[lease.delivery_id] = task, lease
 
     async def _carry_out(self, lease: Lease, endpoint: _InFlight) -> None:
         try:
             settled = await self._deliverer.deliver(lease)
         except StorageClosed:
-            return
+            pass
         except Exception as error:
             # A defect of ours. The lease ends by itself, and counts as an interruption.
             _logger.exception("delivery %s could not be carried out", lease.delivery_id)
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
-            return
-        if settled is None or settled.health is None:
-            return
-        endpoint.proven = settled.health.proven
-        if settled.health.stopped:
-            self._on_stopped_endpoints()
+        else:
+            if settled is not None and settled.health is not None:
+                endpoint.proven = settled.health.proven
+                if settled.health.stopped:
+                    self._on_stopped_endpoints()
+        finally:
+            self._free_slot(lease, endpoint)
 
-    def _free_slot(self, task: asyncio.Task[None]) -> None:
-        lease = self._tasks.pop(task)
-        endpoint = self._endpoints[lease.endpoint_id]
+    def _free_slot(self, lease: Lease, endpoint: _InFlight) -> None:
+        del self._tasks[lease.delivery_id]
         del endpoint.started[lease.delivery_id]
         if not endpoint.started:
             del self._endpoints[lease.endpoint_id]
@@ -220,15 +217,15 @@ class Worker:
         self._wake.set()
         ended = asyncio.ensure_future(self._ended.wait())
         # In real time: under a virtual clock that nobody advances, a shutdown would never end.
-        await asyncio.wait({ended, *self._tasks}, timeout=timeout)
+        await asyncio.wait({ended, *(task for task, _ in self._tasks.values())}, timeout=timeout)
         ended.cancel()
-        unfinished = dict(self._tasks)
-        for task in unfinished:
+        unfinished = list(self._tasks.values())
+        for task, _ in unfinished:
             task.cancel()
         if unfinished:
-            await asyncio.wait(unfinished)
+            await asyncio.wait([task for task, _ in unfinished])
             with anyio.move_on_after(_RELEASE_GRACE):
-                await self._give_back(list(unfinished.values()), sent=True)
+                await self._give_back([lease for _, lease in unfinished], sent=True)
         _resolve(self._drainers)
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:

@@ -8,7 +8,6 @@ import ssl
 import threading
 import time
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -100,7 +99,7 @@ async def hangs(receiver: Receiver, reader: asyncio.StreamReader, writer: asynci
 
 def request(url: str, **changes: Any) -> Request:
     usual = Request(url, (("x-test", "1"),), b"{}", endpoint_id="ep_1", revision=1, total_timeout=5.0)
-    return replace(usual, **changes)
+    return usual._replace(**changes)
 
 
 @asynccontextmanager

@@ -8,8 +8,7 @@ cancelled caller everything of it is there, or nothing. Times are microseconds U
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -39,8 +38,7 @@ SWEEP_ROWS = 500
 """Rows that one `sweep` transaction changes at most: a bigger one would stop every other writer."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimRequest:
+class ClaimRequest(NamedTuple):
     """How much to claim, and of what.
 
     `limit` rows at most; of these at most `unproven_limit` from endpoints that are not proven or are in `slow`.
@@ -56,16 +54,14 @@ class ClaimRequest:
     slow: Collection[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked."""
 
     revision: int
     endpoints: Sequence[EndpointRow]
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryFilter:
+class DeliveryFilter(NamedTuple):
     """What `list_deliveries` and `count_deliveries` narrow by; None narrows nothing."""
 
     state: DeliveryState | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, Clock, to_datetime
@@ -411,14 +411,12 @@ class MemoryStorage(Storage):
 
     async def list_deliveries(self, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
         """See `Storage.list_deliveries`."""
-        after = None if cursor is None else decode_cursor(cursor, "deliveries", astuple(where))
+        after = None if cursor is None else decode_cursor(cursor, "deliveries", tuple(where))
         rows = [row for row in self._matching(where) if after is None or row.id < after]
         rows.sort(key=lambda row: row.id, reverse=True)
         items = tuple(_to_delivery(row) for row in rows[:limit])
         more = len(rows) > limit
-        return Page(
-            items=items, next_cursor=encode_cursor("deliveries", astuple(where), items[-1].id) if more else None
-        )
+        return Page(items=items, next_cursor=encode_cursor("deliveries", tuple(where), items[-1].id) if more else None)
 
     async def count_deliveries(self, where: DeliveryFilter) -> int:
         """See `Storage.count_deliveries`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
 
 from hookwright.transport._base import Failure, Request, Response
 
@@ -66,10 +67,13 @@ class FakeTransport:
 
 
 class _Play:
+    # A Response and a Failure are tuples, and yet one answer.
     def __init__(self, script: Script) -> None:
-        self._list: list[Script] = list(script) if isinstance(script, Sequence) else [script]
+        is_list = isinstance(script, Sequence) and not isinstance(script, (Response, Failure))
+        self._list: list[Script] = list(cast("Sequence[Script]", script)) if is_list else [script]
 
     def next(self) -> Answer | Callable[[Request], Answer | Awaitable[Answer]]:
         script = self._list.pop(0) if len(self._list) > 1 else self._list[0]
-        assert not isinstance(script, Sequence), "a script within a list is one answer"
-        return script
+        if isinstance(script, (int, Response, Failure)) or callable(script):
+            return script
+        raise TypeError(f"a script within a list must be one answer or a function, not {script!r}")

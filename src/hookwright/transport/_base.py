@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 RESPONSE_READ = 64 * 1024
 """Bytes of a response's body that are read at most; then the connection is closed."""
@@ -15,17 +14,17 @@ RESPONSE_HEADERS = 32 * 1024
 """Bytes of response headers that are accepted at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One attempt: a POST of `body` to `url`. All times are in seconds.
 
     `endpoint_id` and `revision` name the pool: connections are never shared between endpoints, nor kept after an
-    endpoint's url or secret changed. `connections` bounds that pool.
+    endpoint's url or secret changed. `connections` bounds that pool. Headers and body are not in its `repr`.
+    A transport that changes requests makes a new one: `request._replace(headers=...)`.
     """
 
     url: str
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
-    body: bytes = field(repr=False)
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
     endpoint_id: str
     revision: int
     connections: int = 4
@@ -33,9 +32,11 @@ class Request:
     connect_timeout: float = 5.0
     dns_timeout: float = 3.0
 
+    def __repr__(self) -> str:
+        return f"Request(url={self.url!r}, endpoint_id={self.endpoint_id!r}, revision={self.revision})"
 
-@dataclass(frozen=True, slots=True)
-class Response:
+
+class Response(NamedTuple):
     """What the receiver answered. The body is raw (never decoded) and capped; `truncated` says that more was sent."""
 
     status: int
@@ -44,8 +45,7 @@ class Response:
     truncated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """No answer. `code` is one of the attempt error codes; `detail` says it in words, without the url or an address."""
 
     code: str

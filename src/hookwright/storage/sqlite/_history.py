@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import to_datetime
@@ -57,13 +56,13 @@ def list_deliveries(database: Database, where: DeliveryFilter, *, limit: int, cu
     condition, values = _condition(where)
     if cursor is not None:
         condition += " AND d.id < ?"
-        values.append(decode_cursor(cursor, "deliveries", astuple(where)))
+        values.append(decode_cursor(cursor, "deliveries", tuple(where)))
     rows = database.execute(
         f"{_DELIVERY} WHERE {condition} ORDER BY d.id DESC LIMIT ?", [*values, limit + 1]
     ).fetchall()
     items = tuple(_to_delivery(row) for row in rows[:limit])
     more = len(rows) > limit
-    return Page(items=items, next_cursor=encode_cursor("deliveries", astuple(where), items[-1].id) if more else None)
+    return Page(items=items, next_cursor=encode_cursor("deliveries", tuple(where), items[-1].id) if more else None)
 
 
 def count_deliveries(database: Database, where: DeliveryFilter) -> int:
