@@ -52,9 +52,13 @@ async def alternate(title: str, rounds: dict[str, tuple[str, Round]], *, count: 
     report = Report(title, [Result(name, unit, []) for name, (unit, _) in rounds.items()])
     for number in range(count):
         for result in report.results:
-            print(f"\r  round {number + 1} of {count}: {result.name:40}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\r  round {number + 1} of {count}: {result.name:40}", end="", file=sys.stderr, flush=True)
             result.values.append(await rounds[result.name][1]())
-    print(file=sys.stderr)
+        if not sys.stderr.isatty():
+            print(f"  round {number + 1} of {count}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     return report
 
 

@@ -119,7 +119,7 @@ class Endpoints:
         )
         self._check_profile(row, given)
         stored = await self._storage.create_endpoint(row)
-        return to_endpoint(stored).model_copy(update={"secret": given})
+        return replace(to_endpoint(stored), secret=given)
 
     async def get(self, endpoint_id: str, *, tenant: str | None = None) -> Endpoint:
         """Return an endpoint. Raises NotFound."""

@@ -1,4 +1,4 @@
-"""The values: what applications read (pydantic, frozen) and what the hot path hands on (named tuples).
+"""The values: what applications read (frozen dataclasses) and what the hot path hands on (named tuples).
 
 `DELIVERY_STATES` is the delivery's state machine as a table; `docs/design.md` draws its diagram from it.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime  # noqa: TC003  # whoever reads the dataclasses' types needs it: pydantic, web frameworks
 from enum import StrEnum
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ValidationFailed
-from hookwright._secret import Secret
+from hookwright._secret import Secret  # noqa: TC001  # the same
 
 T = TypeVar("T")
 
@@ -70,24 +68,22 @@ DELIVERY_STATES: Final[tuple[tuple[DeliveryState | None, str, DeliveryState], ..
 """(from, because of, to). `None` is before the delivery exists."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Event(_Frozen):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
     """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored."""
 
     id: str
     type: str
     data: bytes
     tenant: str | None = None
-    attributes: Mapping[str, Any] = {}
+    attributes: Mapping[str, Any] = field(default_factory=dict)
     occurred_at: datetime
     created_at: datetime
     idempotency_key: str | None = None
 
 
-class Endpoint(_Frozen):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
     """A subscribed receiver. `secret` is set only on what `create` returned; header values are never read back."""
 
     id: str
@@ -95,8 +91,8 @@ class Endpoint(_Frozen):
     events: tuple[str, ...]
     name: str | None = None
     description: str | None = None
-    filters: Mapping[str, tuple[str | int | bool, ...]] = {}
-    metadata: Mapping[str, Any] = {}
+    filters: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     header_names: tuple[str, ...] = ()
     tenant: Tenant = None
     profile: str = "default"
@@ -110,7 +106,8 @@ class Endpoint(_Frozen):
     secret: Secret | None = None
 
 
-class Delivery(_Frozen):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
     """One event on its way to one endpoint. `next_attempt_at` is None once the delivery has ended."""
 
     id: str
@@ -126,7 +123,8 @@ class Delivery(_Frozen):
     last_error: str | None = None
 
 
-class Attempt(_Frozen):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
     """One HTTP try. `error` is a code (see `docs/design.md`), `detail` its cause; the body is as it came, capped."""
 
     delivery_id: str
@@ -142,7 +140,8 @@ class Attempt(_Frozen):
     body_sha256: str | None = None
 
 
-class Page(_Frozen, Generic[T]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
     """A slice of a list, newest first, and the cursor that continues it (None at the end)."""
 
     items: tuple[T, ...]

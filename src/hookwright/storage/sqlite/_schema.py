@@ -49,6 +49,15 @@ def data_version(database: Database) -> int:
     return int(database.execute("PRAGMA data_version").fetchone()[0])
 
 
+def wal_stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes with every commit, whoever's it is; None: there is no WAL yet."""
+    try:
+        found = path.with_name(path.name + "-wal").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def _refuse_newer(database: Database) -> int:
     found = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'hookwright_meta'").fetchone()
     if found is None:
