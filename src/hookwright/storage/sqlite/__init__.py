@@ -43,7 +43,7 @@ _POLL = 0.25
 """Seconds between looks at the WAL's size and time, which every commit changes."""
 
 _SURE = 8
-"""Every so many looks `PRAGMA data_version` is asked in any case: a file's time has ticks, and two commits can share one."""
+"""Every so many looks `PRAGMA data_version` is asked all the same: two commits may share one tick of a file's time."""
 
 
 class SQLiteStorage(Storage):
