@@ -43,10 +43,11 @@ FOREIGN = {
     "aiosqlite": {"storage.sqlite._owner"},
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},
     "tenacity": {"_retry"},
+    "cryptography": {"_signing"},
     "typer": {"cli"},
     "rich": {"cli", "_demo"},
 }
-LAZY_IMPORTS = {"cli"}
+LAZY_IMPORTS = {"cli", "_signing"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 

@@ -61,6 +61,8 @@ async def test_a_delivery_is_signed_so_that_the_receiver_can_verify_it(storage_u
         verifier = Verifier(endpoint.secret, now=lambda: clock.wall() / 1e6)
         first, second = (verifier.verify(request.body, dict(request.headers)) for request in transport.requests)
         assert first.id == second.id == receipt.event_id
+        assert first.timestamp is not None
+        assert second.timestamp is not None
         assert (second.timestamp - first.timestamp) == timedelta(seconds=5)
         assert first.payload == {"type": "video.ready", "timestamp": "2026-01-01T00:00:00.000Z", "data": {"id": 1}}
         headers = dict(transport.requests[0].headers)

@@ -16,7 +16,7 @@ import pytest
 from hookwright import (
     ALL_TENANTS,
     ConfigurationError,
-    Conflict,
+    ConflictError,
     DeliveryState,
     Dispatcher,
     EventEmitted,
@@ -131,7 +131,7 @@ async def test_a_key_used_for_something_else_is_a_conflict(storage_url: str, key
         await dispatcher.emit("video.ready", {"n": 1}, **{key: "k"})  # type: ignore[arg-type]  # one of two names
         others = [("video.ready", {"n": 2}, None), ("video.x", {"n": 1}, None), ("video.ready", {"n": 1}, "t")]
         for type, data, tenant in others:
-            with pytest.raises(Conflict, match=key):
+            with pytest.raises(ConflictError, match=key):
                 await dispatcher.emit(type, data, tenant=tenant, **{key: "k"})  # type: ignore[arg-type]  # see above
         assert (await dispatcher.emit("video.ready", {"n": 1}, **{key: "k"})).duplicate  # type: ignore[arg-type]  # see above
 

@@ -12,7 +12,7 @@ import pytest
 
 from hookwright import (
     ALL_TENANTS,
-    Conflict,
+    ConflictError,
     DeliveryState,
     Dispatcher,
     Endpoint,
@@ -130,7 +130,7 @@ async def test_of_two_updates_at_once_one_is_a_conflict(dispatcher: Dispatcher) 
     done = await asyncio.gather(
         *(dispatcher.endpoints.update(endpoint.id, name=str(n)) for n in range(5)), return_exceptions=True
     )
-    conflicts = [result for result in done if isinstance(result, Conflict)]
+    conflicts = [result for result in done if isinstance(result, ConflictError)]
     assert len(conflicts) + sum(not isinstance(result, BaseException) for result in done) == 5
     assert (await dispatcher.endpoints.get(endpoint.id)).name is not None
 
@@ -173,7 +173,7 @@ async def test_disabled_records_as_skipped_and_enabled_delivers_again(dispatcher
     disabled = await dispatcher.endpoints.disable(endpoint.id, reason="unpaid")
     assert (disabled.state, disabled.disabled_reason) == (EndpointState.DISABLED, "unpaid")
     assert [observation.reason for observation in told] == ["unpaid"]
-    with pytest.raises(Conflict, match="enable"):
+    with pytest.raises(ConflictError, match="enable"):
         await dispatcher.endpoints.resume(endpoint.id)
     [swept] = await dispatcher.deliveries.wait(held.event_id, timeout=5)
     assert swept.state is DeliveryState.SKIPPED

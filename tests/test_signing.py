@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import hmac
 import json
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,8 +20,20 @@ import standardwebhooks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookwright import Secret, StandardWebhooks, ValidationFailed, receiver
+from hookwright import (
+    ConfigurationError,
+    Dispatcher,
+    Ed25519Webhooks,
+    HexSignature,
+    Profile,
+    Secret,
+    StandardWebhooks,
+    ValidationFailed,
+    receiver,
+)
 from hookwright.receiver import VerificationFailed, Verifier
+from hookwright.testing import FakeTransport
+from tests.conftest import URL
 
 # The example of the Standard Webhooks specification's libraries.
 SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
@@ -41,21 +55,27 @@ def test_the_vector_is_signed_and_verified() -> None:
     assert verified.payload["username"] == "test_user"
 
 
+def _some_text(random: Random) -> str:
+    ranges = ((32, 126), (0xA0, 0x7FF), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (0, 31))
+    return "".join(chr(random.randint(*random.choice(ranges))) for _ in range(random.randint(0, 40)))
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    body=st.dictionaries(st.text(), st.text() | st.integers() | st.none()),
-    key=st.binary(min_size=24, max_size=64),
-    id=st.from_regex(r"[A-Za-z0-9_-]{1,40}", fullmatch=True),
-)
-def test_the_reference_library_and_ours_accept_what_we_sign(body: dict[str, Any], key: bytes, id: str) -> None:
-    secret = "whsec_" + base64.b64encode(key).decode()
-    raw = json.dumps(body).encode()
-    now = int(datetime.now(UTC).timestamp())
-    headers = StandardWebhooks().sign(event_id=id, timestamp=now, body=raw, secrets=[Secret.generate(), Secret(secret)])
-    assert standardwebhooks.Webhook(secret).verify(raw, headers) == body
-    assert Verifier(secret).verify(raw, headers).payload == body
-    theirs = standardwebhooks.Webhook(secret).sign(id, datetime.fromtimestamp(now, UTC), raw.decode())
-    assert Verifier(secret).verify(raw, headers | {"webhook-signature": theirs}).id == id
+@given(seed=st.integers(min_value=0), shared=st.dictionaries(st.text(), st.text() | st.integers() | st.none()))
+def test_the_reference_library_and_ours_accept_what_we_sign(seed: int, shared: dict[str, Any]) -> None:
+    random = Random(seed)
+    for _ in range(50):  # 10,000 deliveries in all
+        secret = "whsec_" + base64.b64encode(random.randbytes(random.randint(24, 64))).decode()
+        body = shared | {_some_text(random): _some_text(random) for _ in range(random.randint(0, 4))}
+        raw = json.dumps(body, ensure_ascii=random.random() < 0.5).encode()
+        id = "".join(random.choices("abcXYZ019_-", k=random.randint(1, 40)))
+        now = int(datetime.now(UTC).timestamp()) + random.randint(-200, 200)
+        other = Secret("whsec_" + base64.b64encode(random.randbytes(32)).decode())
+        headers = StandardWebhooks().sign(event_id=id, timestamp=now, body=raw, secrets=[other, Secret(secret)])
+        assert standardwebhooks.Webhook(secret).verify(raw, headers) == body
+        assert Verifier(secret).verify(raw, headers).payload == body
+        theirs = standardwebhooks.Webhook(secret).sign(id, datetime.fromtimestamp(now, UTC), raw.decode())
+        assert Verifier(secret).verify(raw, headers | {"webhook-signature": theirs}).id == id
 
 
 @pytest.mark.parametrize(
@@ -153,3 +173,144 @@ def test_generated_secrets_have_32_bytes_and_an_id_with_a_dot_is_not_signed() ->
     assert len(base64.b64decode(Secret.generate().reveal().removeprefix("whsec_"))) == 32
     with pytest.raises(ValidationFailed, match="dot"):
         StandardWebhooks().sign(event_id="a.b", timestamp=1, body=b"", secrets=[Secret(SECRET)])
+
+
+# -- other schemes ----------------------------------------------------------------------------------------------
+
+# The vector in the sources of Svix.
+ED_SECRET = "whsk_6Xb/dCcHpPea21PS1N9VY/NZW723CEc77N4rJCubMbfVKIDij2HKpMKkioLlX0dRqSKJp4AJ6p9lMicMFs6Kvg=="
+ED_ID = "msg_p5jXN8AQM9LWM0D4loKWxJek"
+ED_TIME = 1_614_265_330
+ED_BODY = b'{"test": 2432232314}'
+ED_TOKEN = "v1a,hnO3f9T8Ytu9HwrXslvumlUpqtNVqkhqw/enGzPCXe5BdqzCInXqYXFymVJaA7AZdpXwVLPo3mNl8EM+m7TBAg=="
+
+
+def test_the_vector_of_ed25519_is_signed_and_verified() -> None:
+    signer = Ed25519Webhooks()
+    secret = Secret(ED_SECRET)
+    headers = signer.sign(event_id=ED_ID, timestamp=ED_TIME, body=ED_BODY, secrets=[secret])
+    assert headers == {"webhook-id": ED_ID, "webhook-timestamp": str(ED_TIME), "webhook-signature": ED_TOKEN}
+    verifier = Verifier(signer.public_key(secret), now=lambda: ED_TIME)
+    assert verifier.verify(ED_BODY, headers).payload == {"test": 2432232314}
+    for changed in (headers | {"webhook-signature": ED_TOKEN[:-5] + "AAAA="}, headers | {"webhook-signature": "v1a,A"}):
+        with pytest.raises(VerificationFailed, match="no signature"):
+            verifier.verify(ED_BODY, changed)
+    with pytest.raises(VerificationFailed, match="no signature"):
+        verifier.verify(ED_BODY + b" ", headers)
+
+
+def test_keys_of_ed25519_are_checked() -> None:
+    signer = Ed25519Webhooks()
+    raw = base64.b64decode(ED_SECRET.removeprefix("whsk_"))
+    signer.check(signer.generate())
+    signer.check(Secret("whsk_" + base64.b64encode(raw[:32]).decode()))
+    wrong = ["whsk_AAAA", "whsk_!", SECRET, "whsk_" + base64.b64encode(raw[:63] + b"x").decode()]
+    for text in wrong:
+        with pytest.raises(ValidationFailed, match="secret"):
+            signer.check(Secret(text))
+    with pytest.raises(ValueError, match="whpk_"):
+        Verifier("whpk_AAAA")
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
+@pytest.mark.parametrize("prefix", ["", "sha="])
+def test_a_plain_hexadecimal_signature_is_the_digest_of_the_raw_body(algorithm: Any, prefix: str) -> None:
+    text = "your_webhook_secret"
+    signer = HexSignature("X-Sig", prefix=prefix, algorithm=algorithm)
+    headers = signer.sign(event_id="e", timestamp=1, body=BODY, secrets=[Secret.text(text), Secret.generate()])
+    assert headers == {"X-Sig": prefix + hmac.new(text.encode(), BODY, algorithm).hexdigest()}
+    verifier = Verifier.hex(text, header="x-sig", prefix=prefix, algorithm=algorithm)
+    verified = verifier.verify(BODY, headers)
+    assert (verified.id, verified.timestamp, verified.payload["username"]) == ("", None, "test_user")
+    for body, changed in ((BODY + b" ", headers), (BODY, {"X-Sig": "x" + headers["X-Sig"]}), (BODY, {})):
+        with pytest.raises(VerificationFailed):
+            verifier.verify(body, changed)
+
+
+def test_a_timed_hexadecimal_signature_covers_the_time_and_holds_one_for_each_secret() -> None:
+    secrets = [Secret.text("the newer one of them"), Secret.text("the older one of them")]
+    headers = HexSignature("X-Sig", timestamp=True).sign(event_id="e", timestamp=TIME, body=BODY, secrets=secrets)
+    digests = [hmac.new(s.reveal().encode(), b"%d.%b" % (TIME, BODY), "sha256").hexdigest() for s in secrets]
+    assert headers == {"X-Sig": f"t={TIME},v1={digests[0]},v1={digests[1]}"}
+    for secret in secrets:
+        verifier = Verifier.hex(secret, header="X-Sig", timestamp=True, now=lambda: float(TIME))
+        assert verifier.verify(BODY, headers).timestamp == datetime.fromtimestamp(TIME, UTC)
+        changes = (f"t={TIME + 1},v1={digests[0]}", f"v1={digests[0]}", f"t=1,t=1,v1={digests[0]}", f"t={TIME},v1=")
+        for changed in changes:
+            with pytest.raises(VerificationFailed):
+                verifier.verify(BODY, {"X-Sig": changed})
+    late = Verifier.hex(secrets[0], header="X-Sig", timestamp=True, now=lambda: TIME + 301.0)
+    with pytest.raises(VerificationFailed, match="too old"):
+        late.verify(BODY, headers)
+
+
+def test_header_names_of_standard_webhooks_can_be_a_vendors() -> None:
+    headers = StandardWebhooks(prefix="X-Vendor-").sign(
+        event_id=ID, timestamp=TIME, body=BODY, secrets=[Secret(SECRET)]
+    )
+    assert headers == {"X-Vendor-id": ID, "X-Vendor-timestamp": str(TIME), "X-Vendor-signature": TOKEN}
+    assert verifier(prefix="X-Vendor-").verify(BODY, headers).id == ID
+
+
+def test_a_verifier_can_check_where_a_request_came_from() -> None:
+    listed = verifier(sources=["52.1.2.3", "10.0.0.0/8", "2001:db8::/32"])
+    for source in ("52.1.2.3", "10.9.8.7", "2001:db8::1", "::ffff:52.1.2.3"):
+        assert listed.verify(BODY, HEADERS, source=source).id == ID
+    for other in ("52.1.2.4", None, "", "nonsense", "2001:db9::1"):
+        with pytest.raises(VerificationFailed, match="source"):
+            listed.verify(BODY, HEADERS, source=other)
+    with pytest.raises(ValueError, match="does not appear"):
+        verifier(sources=["nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: HexSignature("X Sig"), "header name"),
+        (lambda: HexSignature("X-Sig", algorithm="md5"), "algorithm"),  # type: ignore[arg-type]  # that is tested
+        (lambda: HexSignature("X-Sig", prefix="a", timestamp=True), "prefix"),
+        (lambda: HexSignature("X-Sig", prefix="a\r\n"), "ASCII"),
+        (lambda: StandardWebhooks(prefix="a b"), "header name"),
+    ],
+)
+def test_a_signer_that_cannot_work_is_refused(make: Any, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "md5"}, {"secrets": ()}, {"secrets": ("short",)}])
+def test_a_hexadecimal_verifier_that_cannot_work_is_refused(options: dict[str, Any]) -> None:
+    secrets = options.pop("secrets", ("a long enough secret",))
+    with pytest.raises(ValueError, match=r"secret|algorithm"):
+        Verifier.hex(*secrets, header="X", **options)
+
+
+async def test_every_signer_of_a_profile_signs_and_shared_headers_are_joined() -> None:
+    transport = FakeTransport()
+    profile = Profile(signers=[HexSignature("X-Old"), StandardWebhooks(), StandardWebhooks(prefix="x-new-")])
+    async with Dispatcher("memory:", transport=transport, profiles={"default": profile}) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        assert endpoint.secret is not None
+        await dispatcher.emit("a.b")
+        await dispatcher.drain(timeout=5)
+        [request] = transport.requests
+        headers = dict(request.headers)
+        assert Verifier.hex(endpoint.secret, header="X-Old").verify(request.body, headers).payload["type"] == "a.b"
+        assert Verifier(endpoint.secret).verify(request.body, headers).payload["type"] == "a.b"
+        assert Verifier(endpoint.secret, prefix="x-new-").verify(request.body, headers).payload["type"] == "a.b"
+
+
+async def test_an_ed25519_profile_makes_its_own_kind_of_secret() -> None:
+    transport = FakeTransport()
+    signer = Ed25519Webhooks()
+    profiles = {"default": Profile(signers=[signer])}
+    async with Dispatcher("memory:", transport=transport, profiles=profiles) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        assert endpoint.secret is not None
+        await dispatcher.emit("a.b")
+        await dispatcher.drain(timeout=5)
+        [request] = transport.requests
+        verifier = Verifier(signer.public_key(endpoint.secret))
+        assert verifier.verify(request.body, dict(request.headers)).payload["type"] == "a.b"
+        with pytest.raises(ValidationFailed, match="whsk_"):
+            await dispatcher.endpoints.create(URL, events=["*"], secret=SECRET)

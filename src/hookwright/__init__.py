@@ -8,10 +8,10 @@ from hookwright._clock import Clock
 from hookwright._deliveries import Deliveries
 from hookwright._dispatcher import Dispatcher
 from hookwright._endpoints import Endpoints
-from hookwright._envelope import Content, Envelope, StandardEnvelope
+from hookwright._envelope import CloudEventsEnvelope, Content, Envelope, EventEnvelope, FlatEnvelope, StandardEnvelope
 from hookwright._errors import (
     ConfigurationError,
-    Conflict,
+    ConflictError,
     HookwrightError,
     NotFound,
     SchemaTooNew,
@@ -52,7 +52,7 @@ from hookwright._observe import (
 from hookwright._profile import Profile, Timeouts
 from hookwright._retry import DeliveryError, RetryPolicy
 from hookwright._secret import Secret
-from hookwright._signing import Signer, StandardWebhooks
+from hookwright._signing import Ed25519Webhooks, HexSignature, Signer, StandardWebhooks
 from hookwright._version import __version__
 from hookwright.receiver import VerificationFailed
 from hookwright.storage._base import Storage
@@ -67,8 +67,9 @@ __all__ = [
     "AttemptFailed",
     "AttemptStarted",
     "Clock",
+    "CloudEventsEnvelope",
     "ConfigurationError",
-    "Conflict",
+    "ConflictError",
     "Content",
     "Deliveries",
     "Delivery",
@@ -79,6 +80,7 @@ __all__ = [
     "DeliveryState",
     "DeliverySucceeded",
     "Dispatcher",
+    "Ed25519Webhooks",
     "Endpoint",
     "EndpointDisabled",
     "EndpointState",
@@ -86,7 +88,10 @@ __all__ = [
     "Envelope",
     "Event",
     "EventEmitted",
+    "EventEnvelope",
     "Failure",
+    "FlatEnvelope",
+    "HexSignature",
     "HookwrightError",
     "HttpxTransport",
     "LeaseLost",

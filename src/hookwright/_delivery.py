@@ -25,7 +25,7 @@ from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.transport._base import Failure, Request, Response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from hookwright._clock import Clock
     from hookwright._matching import CachedEndpoint, EndpointCache
@@ -126,9 +126,9 @@ class Deliverer:
         given_up = self._poisoned(lease, profile)
         if given_up is not None:
             return given_up
-        content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at)
+        content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
         try:
-            body = profile.envelope.render(content)
+            body = profile.renderer.render(content)
         except Exception as error:  # noqa: BLE001  # an envelope is the application's code, and must not stop the worker
             return self._cannot_render(lease, error)
         try:
@@ -174,13 +174,38 @@ class Deliverer:
     def _headers(
         self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, body: bytes
     ) -> tuple[tuple[str, str], ...]:
-        headers = [("content-type", "application/json"), ("user-agent", self._user_agent), *endpoint.row.headers]
         # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
         timestamp = self._clock.wall() // SECOND
-        for signer in profile.signers:
-            signed = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=endpoint.secrets)
-            headers.extend(signed.items())
+        headers = [
+            ("content-type", getattr(profile.envelope, "content_type", "application/json")),
+            ("user-agent", self._user_agent),
+            *endpoint.row.headers,
+        ]
+        if profile.headers:
+            fields = {
+                "event_id": lease.event_id,
+                "event_type": lease.event_type,
+                "delivery_id": lease.delivery_id,
+                "attempt": lease.number,
+                "timestamp": timestamp,
+            }
+            headers.extend((name, value.format_map(fields)) for name, value in profile.headers.items())
+        headers.extend(self._signatures(lease, endpoint, profile, timestamp, body))
         return tuple(headers)
+
+    def _signatures(
+        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, timestamp: int, body: bytes
+    ) -> Iterable[tuple[str, str]]:
+        signed: dict[str, str] = {}
+        now = self._clock.now()
+        for signer in profile.signers:
+            secrets = endpoint.signing(signer, now)
+            found = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)
+            for name, value in found.items():
+                before = signed.get(name, value)
+                # Two kinds of Standard Webhooks share their headers; signatures are a list separated by spaces.
+                signed[name] = value if before == value else f"{before} {value}"
+        return signed.items()
 
     async def _without_request(self, lease: Lease, why: Unusable | Outcome) -> Settled | None:
         if isinstance(why, Outcome):
@@ -340,7 +365,7 @@ def _blank_text(text: str, prepared: Prepared) -> str:
 
 def _secret_values(prepared: Prepared) -> list[str]:
     values: list[str] = []
-    for secret in prepared.endpoint.secrets:
+    for secret, _ in prepared.endpoint.secrets:
         text = secret.reveal()
         # Also without the prefix: a receiver that echoes its configuration may show only the base64 part.
         values.extend([text, text.removeprefix("whsec_")])

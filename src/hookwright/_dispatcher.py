@@ -177,7 +177,7 @@ class Dispatcher:
 
         After a cancellation or a crash the event may or may not be stored: repeat with the same key or id.
 
-        Raises ValidationFailed (nothing was stored), Conflict when the key or id was used for something else,
+        Raises ValidationFailed (nothing was stored), ConflictError when the key or id was used for something else,
         NotFound for an unknown endpoint_id, or StorageError.
         """
         self._check_usable()

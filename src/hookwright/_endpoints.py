@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hookwright._catalogue import check_pattern
 from hookwright._clock import to_datetime
-from hookwright._errors import Conflict, NotFound, ValidationFailed
+from hookwright._errors import ConflictError, NotFound, ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import ALL_TENANTS, Endpoint, EndpointRow, EndpointState, Page, check_limit
+from hookwright._models import ALL_TENANTS, Endpoint, EndpointRow, EndpointState, Key, Page, check_limit
 from hookwright._observe import EndpointDisabled
 from hookwright._secret import Secret
 
@@ -98,7 +98,7 @@ class Endpoints:
         Raises ValidationFailed, naming the argument and what would be right.
         """
         self._check_usable()
-        given = _checked_secret(secret)
+        given = self._secret(profile, secret)
         now = self._clock.now()
         row = EndpointRow(
             id=new_id("ep", now),
@@ -106,7 +106,7 @@ class Endpoints:
             events=_patterns(events),
             created_at=now,
             updated_at=now,
-            keys=(given.reveal(),),
+            keys=(Key(given.reveal()),),
             name=_text("name", name),
             description=_text("description", description),
             filters=_filters(filters),
@@ -117,7 +117,7 @@ class Endpoints:
             concurrency=_positive("concurrency", concurrency),
             timeout=timeout,
         )
-        self._check_profile(row, given)
+        self._check_profile(row)
         stored = await self._storage.create_endpoint(row)
         return replace(to_endpoint(stored), secret=given)
 
@@ -152,7 +152,7 @@ class Endpoints:
     ) -> Endpoint:
         """Change what is given and leave the rest; the checks are those of `create`.
 
-        Raises NotFound, ValidationFailed, or Conflict when somebody else changed the endpoint at the same moment.
+        Raises NotFound, ValidationFailed, or ConflictError when somebody else changed the endpoint at the same moment.
         """
         row = await self._row(endpoint_id, tenant)
         given: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -169,7 +169,7 @@ class Endpoints:
         }
         changed = {key: check(value) for key, (value, check) in given.items() if value is not UNSET}
         new = replace(row, updated_at=self._clock.now(), **changed)
-        self._check_profile(new, *(Secret.text(key) for key in new.keys))
+        self._check_profile(new)
         stored = await self._storage.update_endpoint(new)
         self._changed()
         return to_endpoint(stored)
@@ -179,10 +179,10 @@ class Endpoints:
         return await self._set_state(endpoint_id, EndpointState.PAUSED, None, tenant)
 
     async def resume(self, endpoint_id: str, *, tenant: str | None = None) -> Endpoint:
-        """Go on after `pause`: what was held becomes due. Raises Conflict for a disabled endpoint (`enable` it)."""
+        """Go on after `pause`: what was held becomes due. ConflictError: it is disabled (`enable` it)."""
         row = await self._row(endpoint_id, tenant)
         if row.state is EndpointState.DISABLED:
-            raise Conflict(f"endpoint {endpoint_id} is disabled, not paused: use endpoints.enable()")
+            raise ConflictError(f"endpoint {endpoint_id} is disabled, not paused: use endpoints.enable()")
         return await self._set_state(endpoint_id, EndpointState.ACTIVE, None, tenant)
 
     async def disable(self, endpoint_id: str, *, reason: str | None = None, tenant: str | None = None) -> Endpoint:
@@ -216,14 +216,27 @@ class Endpoints:
             raise NotFound(f"there is no endpoint {endpoint_id!r}")
         return row
 
-    def _check_profile(self, row: EndpointRow, *secrets: Secret) -> None:
-        profile = self._profiles.get(row.profile)
+    def _profile(self, name: str) -> Profile:
+        profile = self._profiles.get(name)
         if profile is None:
             known = ", ".join(sorted(self._profiles))
-            raise ValidationFailed("profile", f"there is no profile {row.profile!r}; the dispatcher has: {known}")
+            raise ValidationFailed("profile", f"there is no profile {name!r}; the dispatcher has: {known}")
+        return profile
+
+    def _secret(self, profile: str, secret: Secret | str | None) -> Secret:
+        """Return the given secret, or a new one of the kind that the profile's first signer makes."""
+        if secret is None:
+            signers = self._profile(profile).signers
+            return signers[0].generate() if signers else Secret.generate()
+        return secret if isinstance(secret, Secret) else Secret(secret)
+
+    def _check_profile(self, row: EndpointRow) -> None:
+        profile = self._profile(row.profile)
         for signer in profile.signers:
-            for secret in secrets:
-                signer.check(secret)
+            signer.check(Secret.text(row.keys[0].text))
+        for name, _ in row.headers:
+            if name.lower() in profile.header_names:
+                raise ValidationFailed("headers", f"{name} is set by the profile {row.profile!r}: leave it out")
         longest = self._lease - _LEASE_MARGIN
         if row.timeout is not None and not 0 < row.timeout <= longest:
             raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 5 s")
@@ -250,12 +263,6 @@ def to_endpoint(row: EndpointRow) -> Endpoint:
         updated_at=to_datetime(row.updated_at),
         consecutive_failures=row.consecutive_failures,
     )
-
-
-def _checked_secret(secret: Secret | str | None) -> Secret:
-    if secret is None:
-        return Secret.generate()
-    return secret if isinstance(secret, Secret) else Secret(secret)
 
 
 def _patterns(events: Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ HookwrightError
 ├── ConfigurationError      the application set something up wrongly, or used it in the wrong place
 ├── ValidationFailed        an argument is wrong: `.field` names it, the message says what would be right
 ├── NotFound                no such endpoint, event or delivery (or it belongs to another tenant)
-├── Conflict                it is in a state, or was used before in a way, that forbids this
+├── ConflictError           it is in a state, or was used before in a way, that forbids this
 ├── StorageError            the durable store could not do it; nothing was half-done
 │   ├── StorageBusy         another writer holds the lock
 │   ├── StorageFull         no space is left
@@ -49,7 +49,7 @@ class NotFound(HookwrightError, LookupError):
     """No such endpoint, event or delivery, or it belongs to another tenant."""
 
 
-class Conflict(HookwrightError):
+class ConflictError(HookwrightError):
     """The thing's state, or an earlier use of the same key, forbids this; nothing was changed."""
 
 

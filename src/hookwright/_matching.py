@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
 from hookwright._secret import Secret
+from hookwright._signing import usable
 from hookwright._snapshot import typed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from hookwright._models import EndpointRow
+    from hookwright._signing import Signer
     from hookwright._snapshot import TypedValues
     from hookwright.storage._base import Storage
 
@@ -24,7 +26,21 @@ class CachedEndpoint(NamedTuple):
 
     row: EndpointRow
     filters: Mapping[str, TypedValues]
-    secrets: tuple[Secret, ...]
+    secrets: tuple[tuple[Secret, int | None], ...]
+    checked: set[int]
+
+    def live_secrets(self, now: int) -> list[Secret]:
+        """Return the secrets that have not expired, newest first."""
+        return [secret for secret, expires_at in self.secrets if expires_at is None or expires_at > now]
+
+    def signing(self, signer: Signer, now: int) -> Sequence[Secret]:
+        """Return the secrets that this signer signs with now. Raises ValidationFailed when it can use none."""
+        secrets = self.live_secrets(now)
+        if len(secrets) == 1 and id(signer) in self.checked:
+            return secrets
+        found = usable(signer, secrets)
+        self.checked.add(id(signer))
+        return found
 
     def wants(self, tenant: str | None, attributes: Mapping[str, TypedValues]) -> bool:
         """Whether tenant and attributes fit: every filter's key must be present, and have a value in common."""
@@ -63,7 +79,7 @@ class EndpointCache:
         if row.deleted:
             return
         filters = {key: typed(values) for key, values in row.filters.items()}
-        new = CachedEndpoint(row, filters, tuple(Secret.text(key) for key in row.keys))
+        new = CachedEndpoint(row, filters, tuple((Secret.text(key.text), key.expires_at) for key in row.keys), set())
         self._by_id[row.id] = new
         for pattern in row.events:
             self._by_pattern[pattern][row.id] = new

@@ -190,9 +190,19 @@ class NewDelivery(NamedTuple):
     skipped: bool = False
 
 
+class Key(NamedTuple):
+    """A signing secret as it is stored. `expires_at` (microseconds UTC): when it stops signing; None is never."""
+
+    text: str
+    expires_at: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Key(expires_at={self.expires_at})"
+
+
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """An endpoint as storage keeps it, with what `Endpoint` never shows: the keys and the header values.
+    """An endpoint as storage keeps it, with what `Endpoint` never shows: the keys, newest first, and header values.
 
     `revision` is the storage's endpoint counter at the last change of anything that matching or sending reads.
     """
@@ -202,7 +212,7 @@ class EndpointRow:
     events: tuple[str, ...]
     created_at: int
     updated_at: int
-    keys: tuple[str, ...] = ()
+    keys: tuple[Key, ...] = ()
     name: str | None = None
     description: str | None = None
     filters: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import TYPE_CHECKING
 
-from hookwright._envelope import Envelope, StandardEnvelope
+from hookwright._envelope import CallableEnvelope, Envelope, StandardEnvelope
 from hookwright._errors import ConfigurationError
 from hookwright._retry import RetryPolicy
-from hookwright._signing import Signer, StandardWebhooks
+from hookwright._signing import HEADER_NAME, Signer, StandardWebhooks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hookwright._envelope import Content
+
+HEADER_FIELDS = ("event_id", "event_type", "delivery_id", "attempt", "timestamp")
+"""What the values of a profile's headers may name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +38,63 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Envelope, signers, retry policy and timeouts, under one name that endpoints refer to.
+    """Envelope, signers, headers, retry policy and timeouts, under one name that endpoints refer to.
+
+    `envelope` renders the body: an Envelope, or a function from Content to bytes. Every one of the `signers` signs
+    every attempt; where two set the same header, as the two kinds of Standard Webhooks do, the values are joined with a
+    space. An endpoint's secret must suit all of them. `headers` are sent with each attempt; their values may name
+    `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}` (seconds).
+
+    Raises ConfigurationError for what cannot work.
 
     ```python
-    from hookwright import Profile, RetryPolicy, Timeouts
+    from hookwright import EventEnvelope, HexSignature, Profile, RetryPolicy, Timeouts
 
-    patient = Profile(retry=RetryPolicy.schedule(0, 60, 300), timeouts=Timeouts(total=30.0))
+    vendor = Profile(
+        envelope=EventEnvelope(),
+        signers=[HexSignature("X-Vendor-Signature", prefix="sha256=")],
+        headers={"X-Vendor-Event-Id": "{event_id}"},
+        retry=RetryPolicy.schedule(0, 60, 300),
+        timeouts=Timeouts(total=30.0),
+    )
     ```
     """
 
-    envelope: Envelope = field(default_factory=StandardEnvelope)
+    envelope: Envelope | Callable[[Content], bytes] = field(default_factory=StandardEnvelope)
     signers: Sequence[Signer] = field(default_factory=lambda: (StandardWebhooks(),))
+    headers: Mapping[str, str] = field(default_factory=dict)
     retry: RetryPolicy = field(default_factory=RetryPolicy.standard)
     timeouts: Timeouts = field(default_factory=Timeouts)
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.envelope, "render") and not callable(self.envelope):
+            raise ConfigurationError(f"Profile: envelope must be an Envelope or a function, not {self.envelope!r}")
+        for name, value in self.headers.items():
+            _check_header(name, value)
+
+    @property
+    def renderer(self) -> Envelope:
+        """The envelope, as an object with `render`."""
+        if hasattr(self.envelope, "render"):
+            return self.envelope
+        return CallableEnvelope(self.envelope)
+
+    @property
+    def header_names(self) -> frozenset[str]:
+        """The names of all the headers that the profile sets, in lower case."""
+        signed = (name for signer in self.signers for name in signer.header_names)
+        return frozenset(name.lower() for name in (*signed, *self.headers))
+
+
+def _check_header(name: str, value: str) -> None:
+    if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
+        raise ConfigurationError(f"Profile: {name!r} is no header name (letters, digits and -)")
+    try:
+        used = {part[1] for part in Formatter().parse(value) if part[1] is not None}
+        plain = all(not part[2] and not part[3] for part in Formatter().parse(value))
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"Profile: the value of {name} is no template: {error}") from None
+    if not used <= set(HEADER_FIELDS) or not plain:
+        raise ConfigurationError(f"Profile: the value of {name} may name only {', '.join(HEADER_FIELDS)}")
+    if not (value.isascii() and value.isprintable() and value == value.strip()):
+        raise ConfigurationError(f"Profile: the value of {name} must be printable ASCII")

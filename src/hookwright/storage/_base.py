@@ -105,7 +105,7 @@ class Storage(ABC):
     async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """Store the event and its rows in one durable transaction, and make each row's lane due no later than the row.
 
-        Raises StaleEndpoints when the endpoint counter is no longer `endpoints_revision`, and Conflict when the
+        Raises StaleEndpoints when the endpoint counter is no longer `endpoints_revision`, and ConflictError when the
         idempotency key or event id was used for something else (another digest). When it was used for the same,
         nothing is written and the first event's receipt is returned with `duplicate=True`. Rows of skipped
         deliveries are stored in state `skipped`, and are not counted in the receipt.
@@ -159,13 +159,16 @@ class Storage(ABC):
 
     @abstractmethod
     async def create_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
-        """Store a new endpoint and its lane under the next revision, which the answer carries. Conflict: id exists."""
+        """Store a new endpoint and its lane under the next revision, which the answer carries.
+
+        Raises ConflictError when the id exists.
+        """
 
     @abstractmethod
     async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
         """Replace what the application sets (not state, health or created_at) under the next revision.
 
-        Raises Conflict when the stored revision is no longer `endpoint.revision`: somebody else changed it in between.
+        Raises ConflictError when the stored revision is no longer `endpoint.revision`: somebody else changed it.
         Raises NotFound for an unknown or deleted id.
         """
 

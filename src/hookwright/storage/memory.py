@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, Clock, to_datetime
-from hookwright._errors import Conflict, NotFound, StaleEndpoints, StorageClosed, StorageError
+from hookwright._errors import ConflictError, NotFound, StaleEndpoints, StorageClosed, StorageError
 from hookwright._ids import new_token
 from hookwright._models import (
     Attempt,
@@ -136,7 +136,7 @@ class MemoryStorage(Storage):
             stored, _, count = self._events[known]
             if stored.digest != event.digest:
                 name = "event_id" if known == event.id else "idempotency_key"
-                raise Conflict(f"{name}: it was used before for another type, data or tenant (event {known})")
+                raise ConflictError(f"{name}: it was used before for another type, data or tenant (event {known})")
             return Receipt(known, count, duplicate=True)
         if endpoints_revision != self._revision:
             raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
@@ -295,7 +295,7 @@ class MemoryStorage(Storage):
         """See `Storage.create_endpoint`."""
         self._now()
         if endpoint.id in self._endpoints:
-            raise Conflict(f"id: there is an endpoint {endpoint.id} already")
+            raise ConflictError(f"id: there is an endpoint {endpoint.id} already")
         held = 0 if endpoint.state is EndpointState.ACTIVE else FOREVER
         self._lanes[endpoint.id] = _Lane(hold_until=held)
         return self._store(endpoint)
@@ -304,7 +304,7 @@ class MemoryStorage(Storage):
         """See `Storage.update_endpoint`."""
         stored = await self.get_endpoint(endpoint.id)
         if stored.revision != endpoint.revision:
-            raise Conflict(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
+            raise ConflictError(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
         return self._store(
             replace(
                 endpoint,

@@ -70,7 +70,7 @@ class Inbox:
         port: int = 0,
         echo: Callable[[str], object] | None = None,
     ) -> None:
-        self._secrets: list[str | Revealing] = []
+        self._verifiers: list[Verifier] = []
         for secret in secrets:
             self.expect(secret)
         self._responders: list[Responder] = [status]
@@ -90,12 +90,14 @@ class Inbox:
         """Return the url of a path: every path is served."""
         return f"http://127.0.0.1:{self._port}{path}"
 
-    def expect(self, secret: str | Revealing | None) -> None:
-        """Verify signatures by this secret too: the one that `endpoints.create` returned."""
+    def expect(self, secret: str | Revealing | Verifier | None) -> None:
+        """Verify signatures by this secret too: the one that `endpoints.create` returned. Any other scheme: a Verifier.
+
+        Raises ValueError for what is no secret.
+        """
         if secret is None:
             raise ValueError("this endpoint carries no secret: take the one that endpoints.create returned")
-        Verifier(secret)  # raises ValueError for what is no secret, now and not at the first webhook
-        self._secrets.append(secret)
+        self._verifiers.append(secret if isinstance(secret, Verifier) else Verifier(secret))
 
     def respond_with(self, *responders: Responder) -> None:
         """Answer so: one for each request from now on, the last one for all that follow.
@@ -179,13 +181,15 @@ class Inbox:
         return Received(method, path, headers, body, datetime.now(UTC), verified, error)
 
     def _verify(self, body: bytes, headers: Mapping[str, str]) -> tuple[bool | None, str | None]:
-        if not self._secrets:
-            return None, None
-        try:
-            Verifier(*self._secrets).verify(body, headers)
-        except VerificationFailed as error:
-            return False, str(error)
-        return True, None
+        error: str | None = None
+        for verifier in self._verifiers:
+            try:
+                verifier.verify(body, headers)
+            except VerificationFailed as failed:
+                error = str(failed)
+            else:
+                return True, None
+        return (False, error) if self._verifiers else (None, None)
 
 
 def _answer(reply: tuple[int, Mapping[str, str], bytes]) -> bytes:

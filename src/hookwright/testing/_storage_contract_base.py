@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import SECOND, Clock
-from hookwright._models import AttemptRecord, DeliveryState, EndpointRow, NewDelivery, NewEvent, Outcome
+from hookwright._models import AttemptRecord, DeliveryState, EndpointRow, Key, NewDelivery, NewEvent, Outcome
 from hookwright.storage._base import ClaimRequest, DeliveryFilter
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class World:
             "events": ("*",),
             "created_at": self.clock.now(),
             "updated_at": self.clock.now(),
-            "keys": ("whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD",),
+            "keys": (Key("whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"),),
         }
         return EndpointRow(**values | fields)
 

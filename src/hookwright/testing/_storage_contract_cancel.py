@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pytest
 
-from hookwright._errors import Conflict, NotFound, StaleEndpoints, StorageError
+from hookwright._errors import ConflictError, NotFound, StaleEndpoints, StorageError
 from hookwright._models import DeliveryState, EndpointRow, EndpointState, Receipt
 from hookwright.storage._base import ClaimRequest
 from hookwright.testing._storage_contract_base import LEASE, CancelledAt, ContractBase, ManualClock, World
@@ -167,7 +167,7 @@ class NeighbourContract(ContractBase):
                 return_exceptions=True,
             )
             kinds = [type(answer) if isinstance(answer, Exception) else None for answer in answers]
-            assert kinds == [None, StorageError, Conflict, None, StaleEndpoints, NotFound, Conflict, None]
+            assert kinds == [None, StorageError, ConflictError, None, StaleEndpoints, NotFound, ConflictError, None]
             assert answers[0] == Receipt(events[0].id, 1)
             assert answers[7] == Receipt(events[4].id, 1)
             assert await world.state(lease.delivery_id) is DeliveryState.SUCCEEDED

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hookwright._clock import SECOND, to_datetime
-from hookwright._errors import Conflict, NotFound, ValidationFailed
-from hookwright._models import ALL_TENANTS, DeliveryState, EndpointState
+from hookwright._errors import ConflictError, NotFound, ValidationFailed
+from hookwright._models import ALL_TENANTS, DeliveryState, EndpointState, Key
 from hookwright.storage._base import SWEEP_ROWS, DeliveryFilter
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World
 
@@ -29,7 +29,7 @@ class EndpointContract(ContractBase):
                     filters={"index": ("a", 1, True)},
                     metadata={"nested": {"x": [1, None]}},
                     headers=(("x-a", "1"), ("x-b", "2")),
-                    keys=("k1", "k2"),
+                    keys=(Key("k1"), Key("k2", 7)),
                     profile="p",
                     concurrency=3,
                     timeout=2.5,
@@ -44,10 +44,10 @@ class EndpointContract(ContractBase):
         async with self.opened() as world:
             endpoint = world.new_endpoint()
             await world.storage.create_endpoint(endpoint)
-            with pytest.raises(Conflict):
+            with pytest.raises(ConflictError):
                 await world.storage.create_endpoint(endpoint)
             await world.storage.delete_endpoint(endpoint.id)
-            with pytest.raises(Conflict):
+            with pytest.raises(ConflictError):
                 await world.storage.create_endpoint(endpoint)
 
     async def test_an_update_replaces_what_the_application_sets_and_nothing_else(self) -> None:
@@ -84,7 +84,7 @@ class EndpointContract(ContractBase):
         async with self.opened() as world:
             stored = await world.storage.create_endpoint(world.new_endpoint())
             updated = await world.storage.update_endpoint(replace(stored, name="one"))
-            with pytest.raises(Conflict):
+            with pytest.raises(ConflictError):
                 await world.storage.update_endpoint(replace(stored, name="two"))
             assert await world.storage.get_endpoint(stored.id) == updated
 

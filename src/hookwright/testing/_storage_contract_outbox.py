@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hookwright._clock import SECOND, to_datetime
-from hookwright._errors import Conflict, NotFound, StaleEndpoints
+from hookwright._errors import ConflictError, NotFound, StaleEndpoints
 from hookwright._models import DeliveryState, EndpointState, Lease, Receipt
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.testing._storage_contract_base import LEASE, START, ContractBase, World
@@ -75,7 +75,7 @@ class EnqueueContract(ContractBase):
             await world.enqueue(event, world.new_delivery(endpoint))
             other = world.new_event(idempotency_key="k", digest=b"other")
             for changed in (other, event._replace(digest=b"other"), other._replace(digest=None)):
-                with pytest.raises(Conflict):
+                with pytest.raises(ConflictError):
                     await world.enqueue(changed, world.new_delivery(endpoint))
             assert len(await world.deliveries()) == 1
 

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
-from hookwright._errors import Conflict, NotFound
-from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Page
+from hookwright._errors import ConflictError, NotFound
+from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key, Page
 from hookwright.storage._base import Changes
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 from hookwright.storage.sqlite._lanes import bump_revision, revision
@@ -63,7 +63,7 @@ _SET_BY_APPLICATION = (
 def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
     """See `Storage.create_endpoint`."""
     if database.execute("SELECT 1 FROM hookwright_endpoint WHERE id = ?", (endpoint.id,)).fetchone():
-        raise Conflict(f"id: there is an endpoint {endpoint.id} already")
+        raise ConflictError(f"id: there is an endpoint {endpoint.id} already")
     values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     names = ", ".join(f":{column}" for column in _COLUMNS)
     database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)
@@ -78,7 +78,7 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
     """See `Storage.update_endpoint`."""
     stored = get(database, endpoint.id)
     if stored.revision != endpoint.revision:
-        raise Conflict(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
+        raise ConflictError(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
     values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
     database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)
@@ -192,7 +192,7 @@ def _to_row(row: tuple[Any, ...]) -> EndpointRow:
             "filters": {key: tuple(allowed) for key, allowed in json.loads(values["filters"]).items()},
             "metadata": json.loads(values["metadata"]),
             "headers": tuple((name, value) for name, value in json.loads(values["headers"])),
-            "keys": tuple(json.loads(values["keys"])),
+            "keys": tuple(Key(*key) for key in json.loads(values["keys"])),
             "consecutive_failures": row[-1],
         }
     )

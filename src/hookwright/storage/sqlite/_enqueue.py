@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from hookwright._errors import Conflict, HookwrightError, StaleEndpoints
+from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
 from hookwright._models import Receipt
 from hookwright.storage.sqlite._lanes import make_due, revision
 
@@ -48,7 +48,7 @@ def _admit(
     if _is_keyed(event):
         try:
             duplicate = _duplicate(database, event)
-        except Conflict as conflict:
+        except ConflictError as conflict:
             return conflict
         if duplicate is not None:
             return duplicate
@@ -75,7 +75,9 @@ def _duplicate(database: Database, event: NewEvent) -> Receipt | None:
         return None
     if found[1] != event.digest:
         key = "event_id" if found[0] == event.id else "idempotency_key"
-        raise Conflict(f"{key}: it was used before for another type, data or tenant (event {found[0]}); use a new one")
+        raise ConflictError(
+            f"{key}: it was used before for another type, data or tenant (event {found[0]}); use a new one"
+        )
     return Receipt(found[0], found[2], duplicate=True)
 
 
