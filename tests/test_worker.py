@@ -74,12 +74,18 @@ async def test_an_endpoint_never_has_more_in_flight_than_its_cap(storage_url: st
         await dispatcher.endpoints.create(URL + "/default", events=["*"])
         await dispatcher.endpoints.create(URL + "/one", events=["*"], concurrency=1)
         await dispatcher.endpoints.create(URL + "/many", events=["*"], concurrency=9)
+        for _ in range(6):  # room is earned: 2, 4, 8, 16
+            await dispatcher.emit("video.ready")
+            await dispatcher.drain(timeout=10)
+        caps = {URL + "/default": 4, URL + "/one": 1, URL + "/many": 9}
+        for url in caps:
+            gauge.respond(url, gauge.hang)
         await asyncio.gather(*(dispatcher.emit("video.ready", n) for n in range(60)))
+        await until(lambda: gauge.now == caps)
+        gauge.release()
         await dispatcher.drain(timeout=20)
-        assert len(gauge.requests) == 180
-        assert gauge.most[URL + "/default"] == 4
-        assert gauge.most[URL + "/one"] == 1
-        assert 4 < gauge.most[URL + "/many"] <= 9
+        assert len(gauge.requests) == 3 * 66
+        assert gauge.most == caps
 
 
 async def test_an_endpoint_has_room_for_one_until_its_first_success(storage_url: str) -> None:
