@@ -23,15 +23,21 @@ LINES = [
     ["_errors", "_version", "storage.sql", "transport", "storage"],
     ["_clock", "_deadlines", "_ids", "_secret"],
     ["_models"],
-    ["_catalogue", "_envelope", "_signing", "_addresses", "_observe", "transport._base", "storage._base"],
-    ["_retry", "_snapshot"],
+    ["_envelope", "_signing", "_addresses", "_observe", "transport._base", "storage._base"],
+    ["_catalogue", "_retry"],
+    ["_snapshot"],
     ["_profile", "_matching"],
     ["storage._cursor", "transport._resolver", "storage.sqlite._owner"],
+    ["storage._memory_history"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx"],
+    ["storage.sqlite._requeue"],
     ["storage.sqlite"],
-    ["_delivery", "_endpoints", "_deliveries"],
+    ["_prepare", "_endpoint_fields"],
+    ["_delivery"],
+    ["_endpoints", "_events", "_explain"],
+    ["_deliveries", "_emitter", "_settings"],
     ["_worker"],
     ["_dispatcher"],
     ["receiver"],
@@ -44,10 +50,11 @@ FOREIGN = {
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},
     "tenacity": {"_retry"},
     "cryptography": {"_signing"},
+    "jsonschema": {"_catalogue"},
     "typer": {"cli"},
     "rich": {"cli", "_demo"},
 }
-LAZY_IMPORTS = {"cli", "_signing"}
+LAZY_IMPORTS = {"cli", "_catalogue", "_signing"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 

@@ -51,7 +51,7 @@ class Rendered:
 async def test_data_is_stored_as_json(storage_url: str, data: object, stored: bytes) -> None:
     async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
         receipt = await dispatcher.emit("video.processed", data)
-        assert (await dispatcher.deliveries.event(receipt.event_id)).data == stored
+        assert (await dispatcher.events.get(receipt.event_id)).data == stored
 
 
 async def test_data_is_what_it_was_when_emit_was_called(storage_url: str) -> None:
@@ -61,7 +61,7 @@ async def test_data_is_what_it_was_when_emit_was_called(storage_url: str) -> Non
         await asyncio.sleep(0)
         data["status"] = "changed"
         receipt = await emitting
-        assert json.loads((await dispatcher.deliveries.event(receipt.event_id)).data) == {"status": "ready"}
+        assert json.loads((await dispatcher.events.get(receipt.event_id)).data) == {"status": "ready"}
 
 
 _circle: list[Any] = []
@@ -107,7 +107,7 @@ async def test_an_event_that_nobody_wants_is_stored(storage_url: str) -> None:
         receipt = await dispatcher.emit("video.ready", 1)
         assert receipt.delivery_count == 0
         assert not await dispatcher.deliveries.wait(receipt.event_id)
-        assert (await dispatcher.deliveries.event(receipt.event_id)).type == "video.ready"
+        assert (await dispatcher.events.get(receipt.event_id)).type == "video.ready"
 
 
 async def test_the_same_idempotency_key_stores_one_event(storage_url: str) -> None:

@@ -45,7 +45,7 @@ async def test_what_was_given_is_kept_and_the_secret_is_shown_once(dispatcher: D
         description="for the archive",
         filters={"index_id": ["idx_archive"], "size": 3},  # type: ignore[dict-item]  # one value stands for a list
         metadata={"owner": {"team": "ops"}},
-        headers={"Authorization": "Bearer abc"},
+        headers={"Authorization": "Bearer top-secret-value"},
         tenant="acme",
         concurrency=2,
         timeout=20,
@@ -63,7 +63,7 @@ async def test_what_was_given_is_kept_and_the_secret_is_shown_once(dispatcher: D
     # As a web framework would answer with it.
     shown = pydantic.TypeAdapter(Endpoint).dump_json(created).decode() + repr(created) + str(created)
     assert created.secret.reveal() not in shown
-    assert "abc" not in shown
+    assert "top-secret-value" not in shown
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ async def test_history_answers_by_every_filter(dispatcher: Dispatcher) -> None:
     with pytest.raises(ValidationFailed, match="time zone"):
         await count(since=delivery.created_at.replace(tzinfo=None))
     assert (await dispatcher.deliveries.get(delivery.id, tenant="acme")) == delivery
-    assert json.loads((await dispatcher.deliveries.event(first.event_id, tenant="acme")).data) == {"n": 1}
+    assert json.loads((await dispatcher.events.get(first.event_id, tenant="acme")).data) == {"n": 1}
     for verb in ("get", "attempts"):
         with pytest.raises(NotFound):
             await getattr(dispatcher.deliveries, verb)(delivery.id, tenant="other")
         with pytest.raises(NotFound):
             await getattr(dispatcher.deliveries, verb)("dlv_unknown")
     with pytest.raises(NotFound):
-        await dispatcher.deliveries.event(first.event_id, tenant="other")
+        await dispatcher.events.get(first.event_id, tenant="other")
     with pytest.raises(NotFound):
         await dispatcher.deliveries.wait("evt_unknown")
 

@@ -329,9 +329,9 @@ async def test_a_delivery_that_kills_its_process_ends_by_its_retry_policy(attemp
                 row.available_at = 0
             return await super().claim(request)
 
-        async def settle(self, outcomes: Any) -> Any:
+        async def settle(self, outcomes: Any, policy: Any = None) -> Any:
             if outcomes[0].attempt is None:
-                return await super().settle(outcomes)
+                return await super().settle(outcomes, policy)
             raise StorageClosed("dead")
 
     clock = VirtualClock()
@@ -349,12 +349,12 @@ async def test_a_delivery_that_kills_its_process_ends_by_its_retry_policy(attemp
 
 async def test_a_result_that_comes_too_late_changes_nothing_and_is_reported(clock: VirtualClock) -> None:
     class TakenOver(MemoryStorage):
-        async def settle(self, outcomes: Any) -> Any:
+        async def settle(self, outcomes: Any, policy: Any = None) -> Any:
             if not stolen:
                 row = self._rows[outcomes[0].delivery_id]
                 stolen.append(row.token)
                 row.token, row.available_at = "somebody else's", clock.now() + 60_000_000
-            return await super().settle(outcomes)
+            return await super().settle(outcomes, policy)
 
     stolen: list[Any] = []
     async with Dispatcher(TakenOver(), transport=FakeTransport(), clock=clock) as dispatcher:
@@ -378,11 +378,11 @@ async def test_a_storage_that_fails_is_tried_again_and_told(
                 raise StorageBusy("locked")
             return await super().claim(request)
 
-        async def settle(self, outcomes: Any) -> Any:
+        async def settle(self, outcomes: Any, policy: Any = None) -> Any:
             failures["settle"] += 1
             if failures["settle"] <= 2:
                 raise StorageFull("no space")
-            return await super().settle(outcomes)
+            return await super().settle(outcomes, policy)
 
     failures: defaultdict[str, int] = defaultdict(int)
     transport = FakeTransport()

@@ -4,6 +4,7 @@ Start with `Dispatcher`. Receivers verify with `hookwright.receiver`; tests use 
 """
 
 from hookwright._addresses import NetworkPolicy
+from hookwright._catalogue import Catalogue
 from hookwright._clock import Clock
 from hookwright._deliveries import Deliveries
 from hookwright._dispatcher import Dispatcher
@@ -24,6 +25,8 @@ from hookwright._errors import (
     ValidationFailed,
     WaitTimeout,
 )
+from hookwright._events import Events
+from hookwright._explain import Explanation, Match, Mismatch
 from hookwright._models import (
     ALL_TENANTS,
     Attempt,
@@ -31,18 +34,25 @@ from hookwright._models import (
     DeliveryState,
     Endpoint,
     EndpointState,
+    EndpointStats,
     Event,
+    Health,
+    LastDelivery,
     Page,
+    Payload,
     Receipt,
 )
 from hookwright._observe import (
     AttemptFailed,
     AttemptStarted,
+    DeliveryCancelled,
     DeliveryFailed,
     DeliveryObservation,
     DeliveryRetrying,
     DeliverySucceeded,
     EndpointDisabled,
+    EndpointFailing,
+    EndpointRecovered,
     EventEmitted,
     LeaseLost,
     Observation,
@@ -53,6 +63,7 @@ from hookwright._profile import Profile, Timeouts
 from hookwright._retry import DeliveryError, RetryPolicy
 from hookwright._secret import Secret
 from hookwright._signing import Ed25519Webhooks, HexSignature, Signer, StandardWebhooks
+from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright.receiver import VerificationFailed
 from hookwright.storage._base import Storage
@@ -66,6 +77,7 @@ __all__ = [
     "Attempt",
     "AttemptFailed",
     "AttemptStarted",
+    "Catalogue",
     "Clock",
     "CloudEventsEnvelope",
     "ConfigurationError",
@@ -73,6 +85,7 @@ __all__ = [
     "Content",
     "Deliveries",
     "Delivery",
+    "DeliveryCancelled",
     "DeliveryError",
     "DeliveryFailed",
     "DeliveryObservation",
@@ -83,23 +96,34 @@ __all__ = [
     "Ed25519Webhooks",
     "Endpoint",
     "EndpointDisabled",
+    "EndpointFailing",
+    "EndpointRecovered",
     "EndpointState",
+    "EndpointStats",
     "Endpoints",
     "Envelope",
     "Event",
     "EventEmitted",
     "EventEnvelope",
+    "Events",
+    "Explanation",
     "Failure",
     "FlatEnvelope",
+    "Health",
     "HexSignature",
     "HookwrightError",
     "HttpxTransport",
+    "LastDelivery",
     "LeaseLost",
+    "Match",
     "MemoryStorage",
+    "Mismatch",
     "NetworkPolicy",
+    "NewEvent",
     "NotFound",
     "Observation",
     "Page",
+    "Payload",
     "Profile",
     "Receipt",
     "Request",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from hookwright._catalogue import RESERVED
 from hookwright._clock import SECOND, to_datetime
 from hookwright._deadlines import Deadlines
-from hookwright._envelope import Content
-from hookwright._errors import StorageClosed, StorageError, ValidationFailed
-from hookwright._models import AttemptRecord, DeliveryState, Outcome
+from hookwright._errors import ConflictError, StorageClosed, StorageError
+from hookwright._models import AttemptRecord, Change, DeliveryState, Outcome
 from hookwright._observe import (
     AttemptFailed,
     AttemptStarted,
@@ -18,21 +17,24 @@ from hookwright._observe import (
     DeliveryRetrying,
     DeliverySucceeded,
     EndpointDisabled,
+    EndpointFailing,
+    EndpointRecovered,
     LeaseLost,
 )
-from hookwright._retry import Failed, Gone, Retry, Succeeded
+from hookwright._prepare import Prepared, Unrenderable, Unusable
+from hookwright._retry import Failed, Gone, Retry, Succeeded, retry_after
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.transport._base import Failure, Request, Response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Sequence
 
     from hookwright._clock import Clock
-    from hookwright._matching import CachedEndpoint, EndpointCache
-    from hookwright._models import Lease, Settled
+    from hookwright._models import Emission, HealthPolicy, Lease, Settled
     from hookwright._observe import ObserverHub
+    from hookwright._prepare import Preparer
     from hookwright._profile import Profile
-    from hookwright._retry import Verdict
+    from hookwright._retry import Random, Verdict
     from hookwright.storage._base import Storage
     from hookwright.transport._base import Transport
 
@@ -44,23 +46,17 @@ LEASE_MARGIN = 5.0
 UNUSABLE_HOLD = 60.0
 """Seconds for which an endpoint waits whose profile, key or signer cannot be used."""
 
+COOL_DOWN_JITTER = 0.25
+"""By how much a pause may be longer than planned."""
+
+ENDPOINT_HOLD_MOST = 600.0
+"""Seconds for which `Retry-After` closes a whole endpoint at most; the delivery itself waits as long as it says."""
+
+_THROTTLING = frozenset([429, 502, 503, 504])
+_THROTTLING_FAILURES = frozenset(["timeout", "connect_timeout"])
+
 _SETTLE_AGAIN = 1.0
 """Seconds between tries to write a result while the storage cannot take it."""
-
-
-class Prepared(NamedTuple):
-    """A request ready to leave, and what judging its outcome needs."""
-
-    request: Request
-    profile: Profile
-    endpoint: CachedEndpoint
-    body_sha256: bytes
-
-
-class Unusable(NamedTuple):
-    """Nothing can be sent to this endpoint by this process; `reason` None: it was deleted, and need not be told."""
-
-    reason: str | None
 
 
 class Sent(NamedTuple):
@@ -79,25 +75,26 @@ class Deliverer:
         storage: Storage,
         transport: Transport,
         *,
-        cache: EndpointCache,
-        profiles: Mapping[str, Profile],
+        preparer: Preparer,
         clock: Clock,
         observers: ObserverHub,
-        user_agent: str,
-        endpoint_concurrency: int,
+        health: HealthPolicy,
+        random: Random,
+        alert: Callable[[str, str, dict[str, Any]], Emission | None] | None,
         on_ended: Callable[[str], None],
     ) -> None:
         self._storage = storage
         self._transport = transport
-        self._cache = cache
-        self._profiles = profiles
+        self._preparer = preparer
         self._clock = clock
         self._observers = observers
-        self._user_agent = user_agent
-        self._endpoint_concurrency = endpoint_concurrency
+        self._health = health
+        self._random = random
+        self._alert = alert
         self._on_ended = on_ended
         self._deadlines = Deadlines()
         self._warned: set[tuple[str, str | None]] = set()
+        self.lost_leases = 0
 
     async def deliver(self, lease: Lease) -> Settled | None:
         """Attempt the delivery and write what came of it; None when the lease was given back unused."""
@@ -114,41 +111,35 @@ class Deliverer:
         self._report(lease, outcome, verdict, settled)
         return settled
 
+    async def try_out(self, lease: Lease) -> tuple[AttemptRecord, bool]:
+        """Send once what the lease says, and return what came of it and whether it succeeded. Nothing is written.
+
+        Raises ConflictError when nothing can be sent.
+        """
+        speaking = self._preparer.find(lease)
+        prepared: Unusable | Unrenderable | Prepared
+        prepared = speaking if isinstance(speaking, Unusable) else self._preparer.prepare(lease, *speaking)
+        if isinstance(prepared, Unusable):
+            raise ConflictError(f"endpoint {lease.endpoint_id} cannot be sent to: {prepared.reason or 'deleted'}")
+        if isinstance(prepared, Unrenderable):
+            return _render_error(self._clock.now(), prepared), False
+        sent = await self._send(lease, prepared.request)
+        return _record(prepared, sent), isinstance(self._judge(lease, prepared.profile, sent), Succeeded)
+
     # -- prepare ------------------------------------------------------------------------------------------------
 
     def _prepare(self, lease: Lease) -> Prepared | Unusable | Outcome:
-        endpoint = self._cache.get(lease.endpoint_id)
-        if endpoint is None:
-            return Unusable(None)
-        profile = self._profiles.get(endpoint.row.profile)
-        if profile is None:
-            return Unusable(f"this process has no profile {endpoint.row.profile!r}")
-        given_up = self._poisoned(lease, profile)
+        speaking = self._preparer.find(lease)
+        if isinstance(speaking, Unusable):
+            return speaking
+        given_up = self._poisoned(lease, speaking.profile)
         if given_up is not None:
             return given_up
-        content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
-        try:
-            body = profile.renderer.render(content)
-        except Exception as error:  # noqa: BLE001  # an envelope is the application's code, and must not stop the worker
-            return self._cannot_render(lease, error)
-        try:
-            headers = self._headers(lease, endpoint, profile, body)
-        except ValidationFailed as error:
-            return Unusable(str(error))
-        timeouts = profile.timeouts
-        total = endpoint.row.timeout or timeouts.total
-        request = Request(
-            url=endpoint.row.url,
-            headers=headers,
-            body=body,
-            endpoint_id=lease.endpoint_id,
-            revision=endpoint.row.revision,
-            connections=endpoint.row.concurrency or self._endpoint_concurrency,
-            total_timeout=total,
-            connect_timeout=min(total, timeouts.connect),
-            dns_timeout=min(total, timeouts.dns),
-        )
-        return Prepared(request, profile, endpoint, hashlib.sha256(body).digest())
+        prepared = self._preparer.prepare(lease, *speaking)
+        if isinstance(prepared, Unrenderable):
+            record = _render_error(self._clock.now(), prepared)
+            return self._ended_unsent(lease, DeliveryState.FAILED, record)
+        return prepared
 
     def _poisoned(self, lease: Lease, profile: Profile) -> Outcome | None:
         """Let the policy judge a delivery in whose company we died too often; None: go on and try."""
@@ -156,56 +147,22 @@ class Deliverer:
             return None
         verdict = self._judged(lease, profile, Failure("interrupted"), attempt=lease.spent)
         if isinstance(verdict, Retry):
-            return Outcome(
-                lease.delivery_id,
-                lease.token,
-                lease.endpoint_id,
-                DeliveryState.PENDING,
-                None,
-                verdict.delay,
-                counts=False,
-            )
-        return Outcome(lease.delivery_id, lease.token, lease.endpoint_id, DeliveryState.FAILED, None, counts=False)
+            return self._ended_unsent(lease, DeliveryState.PENDING, None, verdict.delay)
+        return self._ended_unsent(lease, DeliveryState.FAILED, None)
 
-    def _cannot_render(self, lease: Lease, error: Exception) -> Outcome:
-        record = AttemptRecord(self._clock.now(), 0, error="render_error", detail=type(error).__name__)
-        return Outcome(lease.delivery_id, lease.token, lease.endpoint_id, DeliveryState.FAILED, record, counts=False)
-
-    def _headers(
-        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, body: bytes
-    ) -> tuple[tuple[str, str], ...]:
-        # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
-        timestamp = self._clock.wall() // SECOND
-        headers = [
-            ("content-type", getattr(profile.envelope, "content_type", "application/json")),
-            ("user-agent", self._user_agent),
-            *endpoint.row.headers,
-        ]
-        if profile.headers:
-            fields = {
-                "event_id": lease.event_id,
-                "event_type": lease.event_type,
-                "delivery_id": lease.delivery_id,
-                "attempt": lease.number,
-                "timestamp": timestamp,
-            }
-            headers.extend((name, value.format_map(fields)) for name, value in profile.headers.items())
-        headers.extend(self._signatures(lease, endpoint, profile, timestamp, body))
-        return tuple(headers)
-
-    def _signatures(
-        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, timestamp: int, body: bytes
-    ) -> Iterable[tuple[str, str]]:
-        signed: dict[str, str] = {}
-        now = self._clock.now()
-        for signer in profile.signers:
-            secrets = endpoint.signing(signer, now)
-            found = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)
-            for name, value in found.items():
-                before = signed.get(name, value)
-                # Two kinds of Standard Webhooks share their headers; signatures are a list separated by spaces.
-                signed[name] = value if before == value else f"{before} {value}"
-        return signed.items()
+    def _ended_unsent(
+        self, lease: Lease, state: DeliveryState, record: AttemptRecord | None, retry_in: int = 0
+    ) -> Outcome:
+        return Outcome(
+            lease.delivery_id,
+            lease.token,
+            lease.endpoint_id,
+            state,
+            record,
+            retry_in,
+            counts=False,
+            alerts=self._alerts(lease, state, record, gone=False),
+        )
 
     async def _without_request(self, lease: Lease, why: Unusable | Outcome) -> Settled | None:
         if isinstance(why, Outcome):
@@ -218,6 +175,11 @@ class Deliverer:
             _logger.warning("endpoint %s waits, it cannot be sent to: %s", lease.endpoint_id, why.reason)
         await self._storage.release([lease], hold=round(UNUSABLE_HOLD * SECOND))
         return None
+
+    @property
+    def unusable(self) -> Sequence[str]:
+        """What was warned of: endpoints that could not be sent to, and why."""
+        return [f"endpoint {endpoint_id}: {reason}" for endpoint_id, reason in self._warned]
 
     # -- send ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +205,7 @@ class Deliverer:
         return self._judged(lease, profile, sent.answer, attempt=lease.spent + 1)
 
     def _judged(self, lease: Lease, profile: Profile, answer: Response | Failure, *, attempt: int) -> Verdict:
-        age = self._clock.now() - lease.created_at
+        age = self._clock.now() - lease.since
         try:
             return profile.retry.judge(answer, attempt=attempt, age=age, now=self._clock.wall())
         except Exception:  # a strategy is the application's code, and must not stop the worker
@@ -259,22 +221,64 @@ class Deliverer:
                 state, retry_in = DeliveryState.PENDING, delay
             case _:
                 pass
-        return Outcome(
+        gone = isinstance(verdict, Gone)
+        record = _record(prepared, sent)
+        outcome = Outcome(
             lease.delivery_id,
             lease.token,
             lease.endpoint_id,
             state,
-            _record(prepared, sent),
+            record,
             retry_in,
-            gone=isinstance(verdict, Gone),
+            gone=gone,
+            alerts=self._alerts(lease, state, record, gone=gone),
         )
+        return outcome if state is DeliveryState.SUCCEEDED else outcome._replace(**self._pause(sent.answer))
+
+    def _pause(self, answer: Response | Failure) -> dict[str, Any]:
+        """Return how an answer that asks for a pause closes the endpoint's lane."""
+        if isinstance(answer, Failure):
+            throttled, asked = answer.code in _THROTTLING_FAILURES, 0.0
+        else:
+            throttled, asked = answer.status in _THROTTLING, retry_after(answer, self._clock.wall())
+        return {
+            "throttled": 1.0 + COOL_DOWN_JITTER * self._random.random() if throttled else 0.0,
+            "hold": round(min(asked, ENDPOINT_HOLD_MOST) * SECOND),
+        }
+
+    def _alerts(
+        self, lease: Lease, state: DeliveryState, record: AttemptRecord | None, *, gone: bool
+    ) -> Sequence[tuple[str, Emission]]:
+        """Return the operational events that settling may make true. There are none about operational events."""
+        alert = self._alert
+        if alert is None or lease.event_type.startswith(RESERVED):
+            return ()
+        endpoint: dict[str, Any] = {"endpoint_id": lease.endpoint_id}
+        delivery = endpoint | {
+            "delivery_id": lease.delivery_id,
+            "event_id": lease.event_id,
+            "event_type": lease.event_type,
+            "attempt_count": lease.number if record is not None else lease.number - 1,
+            "error": record.error if record is not None else "interrupted",
+            "status": record.status if record is not None else None,
+        }
+        possible: list[tuple[str, str, dict[str, Any]]] = []
+        if state is DeliveryState.SUCCEEDED:
+            possible.append(("recovered", "endpoint.recovered", endpoint))
+        else:
+            possible.append(("failing", "endpoint.failing", endpoint | {"failures": self._health.failing_at}))
+            possible.append(("disabled", "endpoint.disabled", endpoint | {"reason": "gone" if gone else "failing"}))
+        if state is DeliveryState.FAILED:
+            possible.append(("failed", "delivery.failed", delivery))
+        found = ((name, alert(RESERVED + type, lease.endpoint_id, data)) for name, type, data in possible)
+        return [(name, emission) for name, emission in found if emission is not None]
 
     # -- settle -------------------------------------------------------------------------------------------------
 
     async def _settle(self, outcome: Outcome) -> Settled:
         while True:
             try:
-                return (await self._storage.settle([outcome]))[0]
+                return (await self._storage.settle([outcome], self._health))[0]
             except StorageClosed:
                 raise
             except StorageError as error:
@@ -287,6 +291,8 @@ class Deliverer:
     def _report(self, lease: Lease, outcome: Outcome, verdict: Verdict, settled: Settled) -> None:
         if settled.held and outcome.state.final:
             self._on_ended(lease.event_id)
+        if not settled.held:
+            self.lost_leases += 1
         if not self._observers.wanted:
             return
         tell, about, attempt = self._observers.report, _about(lease), outcome.attempt
@@ -295,6 +301,7 @@ class Deliverer:
             return
         if attempt is not None and outcome.state is DeliveryState.SUCCEEDED:
             tell(DeliverySucceeded(**about, status=attempt.status or 0, duration=attempt.duration / SECOND))
+            self._report_endpoint(lease.endpoint_id, settled)
             return
         error, status = "interrupted", None
         if attempt is not None:
@@ -305,8 +312,16 @@ class Deliverer:
         else:
             reason = verdict.reason if isinstance(verdict, Failed) else "gone"
             tell(DeliveryFailed(**about, reason=reason, status=status, error=error))
-        if settled.health is not None and settled.health.disabled:
-            tell(EndpointDisabled(endpoint_id=lease.endpoint_id, reason="gone"))
+        self._report_endpoint(lease.endpoint_id, settled)
+
+    def _report_endpoint(self, endpoint_id: str, settled: Settled) -> None:
+        for change in settled.changes:
+            if change is Change.FAILING:
+                self._observers.report(EndpointFailing(endpoint_id=endpoint_id, failures=settled.failures))
+            elif change is Change.RECOVERED:
+                self._observers.report(EndpointRecovered(endpoint_id=endpoint_id))
+            else:
+                self._observers.report(EndpointDisabled(endpoint_id=endpoint_id, reason=settled.reason))
 
 
 class _About(TypedDict):
@@ -325,6 +340,10 @@ def _about(lease: Lease) -> _About:
         "endpoint_id": lease.endpoint_id,
         "attempt": lease.number,
     }
+
+
+def _render_error(now: int, why: Unrenderable) -> AttemptRecord:
+    return AttemptRecord(now, 0, error="render_error", detail=why.error)
 
 
 def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:

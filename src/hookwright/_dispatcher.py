@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random as random_module
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import partial
@@ -13,32 +14,37 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import anyio
 
 from hookwright._addresses import NetworkPolicy
-from hookwright._clock import SECOND, Clock, from_datetime
+from hookwright._clock import SECOND, Clock
 from hookwright._deliveries import Deliveries
-from hookwright._delivery import LEASE_MARGIN, Deliverer
+from hookwright._delivery import Deliverer
+from hookwright._emitter import Emitter
 from hookwright._endpoints import Endpoints
-from hookwright._errors import ConfigurationError, NotFound, StaleEndpoints, StorageClosed
-from hookwright._ids import new_id
+from hookwright._errors import ConfigurationError, StorageClosed, StorageError
+from hookwright._events import Events
 from hookwright._matching import EndpointCache
-from hookwright._models import ALL_TENANTS, EndpointState, NewDelivery, NewEvent, Receipt
-from hookwright._observe import EventEmitted, ObserverHub
+from hookwright._models import (
+    Health,
+    Receipt,
+)
+from hookwright._observe import DeliveryCancelled, ObserverHub
+from hookwright._prepare import Preparer
 from hookwright._profile import Profile
-from hookwright._snapshot import check_aware, snapshot
+from hookwright._settings import check_settings, health_policy, id_prefix, storage_of
+from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
 from hookwright.storage._base import SWEEP_ROWS, Storage
-from hookwright.storage.memory import MemoryStorage
-from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport.httpx import HttpxTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from hookwright._matching import CachedEndpoint
+    from hookwright._catalogue import Catalogue
+    from hookwright._explain import Explanation
     from hookwright._models import AttributeValue
     from hookwright._observe import Observation, Subscription
-    from hookwright._snapshot import TypedValues
+    from hookwright._retry import Random
     from hookwright.transport._base import Transport
 
     ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
@@ -65,7 +71,12 @@ class Dispatcher:
     sent to: by default public addresses over HTTPS only. `concurrency` attempts are in flight at once, of these
     `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest attempt by 5 s;
     `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None: never) go, unless
-    a delivery is pending. `deliver=False` makes a process that emits and reads but leaves delivering to another.
+    a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never), and at least 20, is
+    disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of what happens to
+    endpoints and failed deliveries: `hookwright.endpoint.failing`, `.recovered`, `.disabled` and
+    `hookwright.delivery.failed`, for endpoints that subscribe to them by name (`*` does not match them).
+    `endpoint_id_prefix` begins the ids of endpoints; `random` spreads pauses. `deliver=False` makes a process that
+    emits and reads but leaves delivering to another.
 
     Several processes may share one SQLite file: one delivers, the others stand by and take over when it ends.
 
@@ -96,13 +107,18 @@ class Dispatcher:
         lease: float = 60.0,
         shutdown_timeout: float = 10.0,
         retention: timedelta | None = timedelta(days=30),
+        disable_after: timedelta | None = timedelta(days=5),
+        catalogue: Catalogue | None = None,
+        operational_events: bool = False,
+        endpoint_id_prefix: str = "ep",
+        random: Random | None = None,
         deliver: bool = True,
     ) -> None:
         profiles = dict(profiles or {})
         profiles.setdefault("default", Profile())
-        _check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
+        check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
         network = network or NetworkPolicy()
-        self._storage = _storage(storage)
+        self._storage = storage_of(storage)
         self._transport = transport or HttpxTransport(network=network)
         self._clock = clock or Clock()
         self._shutdown_timeout = shutdown_timeout
@@ -110,30 +126,38 @@ class Dispatcher:
         self._deliver = deliver
         self._observers = ObserverHub()
         self._cache = EndpointCache(self._storage)
-        self.deliveries = Deliveries(self._storage, clock=self._clock, check_usable=self._check_usable)
-        self.endpoints = Endpoints(
-            self._storage,
+        self._preparer = Preparer(
+            self._cache,
+            profiles,
             clock=self._clock,
-            network=network,
-            profiles=profiles,
-            lease=lease,
-            observers=self._observers,
-            check_usable=self._check_usable,
-            changed=self._endpoints_changed,
+            user_agent=f"hookwright/{__version__}",
+            endpoint_concurrency=endpoint_concurrency,
         )
+        self._emitter = Emitter(
+            self._storage,
+            cache=self._cache,
+            catalogue=catalogue,
+            clock=self._clock,
+            observers=self._observers,
+            preparer=self._preparer,
+            on_stored=self._wake,
+            on_stopped_endpoints=self._endpoints_changed,
+        )
+        self._deliverer = Deliverer(
+            self._storage,
+            self._transport,
+            preparer=self._preparer,
+            clock=self._clock,
+            observers=self._observers,
+            health=health_policy(disable_after),
+            random=random or random_module.Random(),  # noqa: S311  # spreads load, guards nothing
+            alert=self._emitter.alert if operational_events else None,
+            on_ended=self._note_ended,
+        )
+        self._make_facades(network, profiles, catalogue, id_prefix(endpoint_id_prefix), lease)
         self._worker = Worker(
             self._storage,
-            Deliverer(
-                self._storage,
-                self._transport,
-                cache=self._cache,
-                profiles=profiles,
-                clock=self._clock,
-                observers=self._observers,
-                user_agent=f"hookwright/{__version__}",
-                endpoint_concurrency=endpoint_concurrency,
-                on_ended=self.deliveries.note_ended,
-            ),
+            self._deliverer,
             cache=self._cache,
             clock=self._clock,
             observers=self._observers,
@@ -149,6 +173,39 @@ class Dispatcher:
         self._sweep = asyncio.Event()
         self._services: asyncio.Task[None] | None = None
         self._stop_services = asyncio.Event()
+
+    def _make_facades(
+        self,
+        network: NetworkPolicy,
+        profiles: Mapping[str, Profile],
+        catalogue: Catalogue | None,
+        id_prefix: str,
+        lease: float,
+    ) -> None:
+        self.deliveries = Deliveries(
+            self._storage,
+            preparer=self._preparer,
+            cache=self._cache,
+            clock=self._clock,
+            check_usable=self._check_usable,
+            on_requeued=self._wake,
+            on_cancelled=self._note_cancelled,
+        )
+        self.events = Events(self._storage, check_usable=self._check_usable, on_cancelled=self._note_cancelled)
+        self.endpoints = Endpoints(
+            self._storage,
+            clock=self._clock,
+            network=network,
+            profiles=profiles,
+            cache=self._cache,
+            catalogue=catalogue,
+            id_prefix=id_prefix,
+            lease=lease,
+            observers=self._observers,
+            check_usable=self._check_usable,
+            changed=self._endpoints_changed,
+            try_out=self._deliverer.try_out,
+        )
 
     def __repr__(self) -> str:
         return f"Dispatcher({self._storage!r}, {self._state.name.lower()})"
@@ -167,13 +224,15 @@ class Dispatcher:
         endpoint_id: str | None = None,
         occurred_at: datetime | None = None,
         deliver_at: datetime | None = None,
+        trace_context: str | None = None,
     ) -> Receipt:
         """Store an event and one delivery for each endpoint that wants it; return when that is on disk.
 
         `data` is anything JSON can hold, a pydantic model or a dataclass; it is encoded now, at most 256 KiB.
         `attributes` are what endpoints' `filters` look at, and are not sent. With an `idempotency_key` or your own
         `event_id`, emitting the same again stores nothing and answers `duplicate=True`. `endpoint_id` sends to that
-        endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt.
+        endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt. `trace_context` (a W3C
+        traceparent) is kept with the event. With a catalogue, the type must be declared and the data fit it.
 
         After a cancellation or a crash the event may or may not be stored: repeat with the same key or id.
 
@@ -181,66 +240,52 @@ class Dispatcher:
         NotFound for an unknown endpoint_id, or StorageError.
         """
         self._check_usable()
-        event, wanted = snapshot(
-            type,
-            data,
-            attributes=attributes,
-            tenant=tenant,
-            idempotency_key=idempotency_key,
-            event_id=event_id,
-            occurred_at=occurred_at,
-            clock=self._clock,
+        return await self._emitter.emit(
+            NewEvent(
+                type,
+                data,
+                attributes,
+                tenant,
+                idempotency_key,
+                event_id,
+                endpoint_id,
+                occurred_at,
+                deliver_at,
+                trace_context,
+            )
         )
-        available_at = 0 if deliver_at is None else from_datetime(check_aware("deliver_at", deliver_at))
-        if endpoint_id is not None:
-            await self._check_serves(endpoint_id, tenant)
-        receipt = await self._match_and_enqueue(event, wanted, endpoint_id, available_at)
-        if not receipt.duplicate:
-            self._worker.wake()
-            if self._observers.wanted:
-                self._observers.report(
-                    EventEmitted(event_id=event.id, event_type=type, delivery_count=receipt.delivery_count)
-                )
-        return receipt
 
-    async def _check_serves(self, endpoint_id: str, tenant: str | None) -> None:
-        endpoint = await self._storage.get_endpoint(endpoint_id)
-        if endpoint.tenant is not ALL_TENANTS and endpoint.tenant != tenant:
-            raise NotFound(f"there is no endpoint {endpoint_id!r}")
+    async def emit_many(self, events: Iterable[NewEvent]) -> Sequence[Receipt]:
+        """Store several events in one transaction, all or none; return their receipts in the same order.
 
-    async def _match_and_enqueue(
+        Raises what `emit` raises, for the first that is refused: then nothing was stored.
+        """
+        self._check_usable()
+        return await self._emitter.emit_many(events)
+
+    async def explain(
         self,
-        event: NewEvent,
-        attributes: Mapping[str, TypedValues],
-        endpoint_id: str | None,
-        available_at: int,
-    ) -> Receipt:
-        while True:
-            endpoints = self._targets(event, attributes, endpoint_id)
-            deliveries = [self._new_delivery(endpoint, available_at) for endpoint in endpoints]
-            revision = self._cache.revision
-            try:
-                return await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
-            except StaleEndpoints:
-                # An endpoint that was created before this emit began is never missed, whichever process created it.
-                if await self._cache.refresh(revision):
-                    self._endpoints_changed()
+        type: str,
+        data: object = None,
+        *,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        tenant: str | None = None,
+    ) -> Explanation:
+        """Return who would get this event, who would not and why, and the exact requests. Nothing is written or sent.
 
-    def _targets(
-        self, event: NewEvent, attributes: Mapping[str, TypedValues], endpoint_id: str | None
-    ) -> list[CachedEndpoint]:
-        if endpoint_id is None:
-            return self._cache.match(event.type, event.tenant, attributes)
-        endpoint = self._cache.get(endpoint_id)
-        return [endpoint] if endpoint is not None else []
+        Raises what `emit` raises for the same arguments.
 
-    def _new_delivery(self, endpoint: CachedEndpoint, available_at: int) -> NewDelivery:
-        return NewDelivery(
-            id=new_id("dlv", self._clock.now()),
-            endpoint_id=endpoint.row.id,
-            available_at=available_at,
-            skipped=endpoint.row.state is EndpointState.DISABLED,
-        )
+        ```python
+        from hookwright import Dispatcher
+
+        async with Dispatcher("memory:") as dispatcher:
+            await dispatcher.endpoints.create("https://example.com/webhooks", events=["export.*"])
+            explanation = await dispatcher.explain("video.processed", {"video_id": "vid_123"})
+            print(explanation.mismatches[0].reason)
+        ```
+        """
+        self._check_usable()
+        return await self._emitter.explain(NewEvent(type, data, attributes, tenant))
 
     # -- observe ------------------------------------------------------------------------------------------------
 
@@ -261,6 +306,33 @@ class Dispatcher:
         process did, after it was stored, at most once. What they raise is logged once and changes nothing.
         """
         return self._observers.subscribe(function, kinds)
+
+    async def health(self) -> Health:
+        """Return how this dispatcher does: cheap enough to be asked for every second, whatever the backlog.
+
+        Works before start and after close too, and says so; a storage that cannot answer is reported as `last_error`.
+        """
+        pending, leased, oldest, error = 0, 0, None, self._worker.last_error
+        if self._state is _State.RUNNING:
+            try:
+                pending, leased, oldest = await self._storage.backlog()
+            except StorageError as failed:
+                error = f"{type(failed).__name__}: {failed}"
+        state = self._state.name.lower()
+        if self._state is _State.RUNNING and self._deliver and not self._delivering:
+            state = "standby"
+        return Health(
+            state=state,
+            is_delivering=self._delivering,
+            pending=pending,
+            leased=leased,
+            in_flight=self._worker.in_flight,
+            oldest_due=None if oldest is None else max(0, self._clock.now() - oldest) / SECOND,
+            lag=self._worker.lag,
+            lost_leases=self._deliverer.lost_leases,
+            last_error=error,
+            problems=tuple(self._deliverer.unusable),
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -386,6 +458,19 @@ class Dispatcher:
             await self._clock.sleep(_STANDBY_INTERVAL)
         return None
 
+    def _wake(self) -> None:
+        self._worker.wake()
+
+    def _note_ended(self, event_id: str) -> None:
+        self.deliveries.note_ended(event_id)
+
+    def _note_cancelled(self, delivery_ids: list[str]) -> None:
+        if not delivery_ids:
+            return
+        self.deliveries.note_ended(None)
+        for delivery_id in delivery_ids if self._observers.wanted else ():
+            self._observers.report(DeliveryCancelled(delivery_id=delivery_id))
+
     def _endpoints_changed(self) -> None:
         self._sweep.set()
         self._worker.wake()
@@ -397,41 +482,3 @@ class Dispatcher:
             raise ConfigurationError("the process was forked after start(): create the dispatcher in the child")
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError("the dispatcher was started in another event loop: use it in that one")
-
-
-# -- checks -----------------------------------------------------------------------------------------------------
-
-
-def _check_settings(
-    profiles: Mapping[str, Profile],
-    concurrency: int,
-    endpoint_concurrency: int,
-    lease: float,
-    shutdown_timeout: float,
-    retention: timedelta | None,
-) -> None:
-    for name, value in (("concurrency", concurrency), ("endpoint_concurrency", endpoint_concurrency)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name}: must be a whole number of at least 1, not {value!r}")
-    longest = max(profile.timeouts.total for profile in profiles.values())
-    if lease < longest + LEASE_MARGIN:
-        raise ConfigurationError(
-            f"lease: {lease:g} s must be at least the longest total timeout + 5 s: {longest + 5:g} s"
-        )
-    if shutdown_timeout < 0:
-        raise ConfigurationError("shutdown_timeout: must be 0 or more seconds")
-    if retention is not None and retention <= timedelta(0):
-        raise ConfigurationError("retention: must be more than 0, or None to keep everything")
-
-
-def _storage(storage: str | Storage) -> Storage:
-    if isinstance(storage, Storage):
-        return storage
-    if storage == "memory:":
-        return MemoryStorage()
-    path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
-    if path in ("", storage) or path.startswith(":"):
-        raise ConfigurationError(
-            f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
-        )
-    return SQLiteStorage(path)

@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from hookwright._catalogue import check_pattern
-from hookwright._clock import to_datetime
+from hookwright._clock import SECOND, from_datetime, to_datetime
+from hookwright._endpoint_fields import (
+    filters_of,
+    headers_of,
+    metadata_of,
+    patterns,
+    positive,
+    rate,
+    tenant_of,
+    text,
+)
 from hookwright._errors import ConflictError, NotFound, ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import ALL_TENANTS, Endpoint, EndpointRow, EndpointState, Key, Page, check_limit
+from hookwright._models import (
+    ALL_TENANTS,
+    Attempt,
+    DeliveryState,
+    Emission,
+    Endpoint,
+    EndpointRow,
+    EndpointState,
+    EndpointStats,
+    EventRow,
+    Key,
+    LastDelivery,
+    Lease,
+    NewDelivery,
+    Page,
+    check_limit,
+    to_attempt,
+)
 from hookwright._observe import EndpointDisabled
 from hookwright._secret import Secret
+from hookwright._snapshot import check_aware
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hookwright._addresses import NetworkPolicy
+    from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
-    from hookwright._models import Tenant
+    from hookwright._matching import EndpointCache
+    from hookwright._models import AttemptRecord, Tenant
     from hookwright._observe import ObserverHub
     from hookwright._profile import Profile
     from hookwright.storage._base import Storage
 
 _LEASE_MARGIN = 5.0
 """Seconds by which a lease must outlast the longest attempt."""
+
+TEST_TYPE = "hookwright.test"
+"""The type of the event that `test` sends."""
+
+TEST_INTERVAL = 10 * SECOND
+"""Between two tests of an endpoint."""
+
+OVERLAP_MOST = timedelta(days=7)
+
+KEYS_MOST = 5
+"""Secrets of an endpoint that sign at once, at most: each adds a signature to the header."""
 
 
 class Unset(Enum):
@@ -57,19 +96,27 @@ class Endpoints:
         clock: Clock,
         network: NetworkPolicy,
         profiles: Mapping[str, Profile],
+        cache: EndpointCache,
+        catalogue: Catalogue | None,
+        id_prefix: str,
         lease: float,
         observers: ObserverHub,
         check_usable: Callable[[], None],
         changed: Callable[[], None],
+        try_out: Callable[[Lease], Awaitable[tuple[AttemptRecord, bool]]],
     ) -> None:
         self._storage = storage
         self._clock = clock
         self._network = network
         self._profiles = profiles
+        self._cache = cache
+        self._catalogue = catalogue
+        self._id_prefix = id_prefix
         self._lease = lease
         self._observers = observers
         self._check_usable = check_usable
         self._changed = changed
+        self._try_out = try_out
 
     async def create(
         self,
@@ -85,6 +132,7 @@ class Endpoints:
         secret: Secret | str | None = None,
         profile: str = "default",
         concurrency: int | None = None,
+        rate_limit: float | None = None,
         timeout: float | None = None,
     ) -> Endpoint:
         """Subscribe a receiver; from the next `emit` on it gets what matches.
@@ -92,8 +140,9 @@ class Endpoints:
         `events` are patterns: `*`, `video.*` (any depth below `video`), or exact types. `filters` narrow further: each
         key must be among the event's attributes, with a value in common. `secret` None makes one of 32 random bytes;
         it is on the returned endpoint and on no later one: show it to the receiver's owner now. `concurrency` bounds
-        the attempts in flight to it (default: the dispatcher's `endpoint_concurrency`), `timeout` (seconds) replaces
-        the profile's total. Header values are never read back.
+        the attempts in flight to it (default: the dispatcher's `endpoint_concurrency`), `rate_limit` those begun in a
+        second (of which all may come at once), and `timeout` (seconds) replaces the profile's total. Header values are
+        never read back.
 
         Raises ValidationFailed, naming the argument and what would be right.
         """
@@ -101,20 +150,21 @@ class Endpoints:
         given = self._secret(profile, secret)
         now = self._clock.now()
         row = EndpointRow(
-            id=new_id("ep", now),
+            id=new_id(self._id_prefix, now),
             url=self._network.check_url(url),
-            events=_patterns(events),
+            events=self._patterns(events),
             created_at=now,
             updated_at=now,
             keys=(Key(given.reveal()),),
-            name=_text("name", name),
-            description=_text("description", description),
-            filters=_filters(filters),
-            metadata=_metadata(metadata),
-            headers=_headers(headers),
-            tenant=_tenant(tenant),
+            name=text("name", name),
+            description=text("description", description),
+            filters=filters_of(filters),
+            metadata=metadata_of(metadata),
+            headers=headers_of(headers),
+            tenant=tenant_of(tenant),
             profile=profile,
-            concurrency=_positive("concurrency", concurrency),
+            concurrency=positive("concurrency", concurrency),
+            rate_limit=rate(rate_limit),
             timeout=timeout,
         )
         self._check_profile(row)
@@ -147,6 +197,7 @@ class Endpoints:
         headers: Mapping[str, str] | Unset | None = UNSET,
         profile: str | Unset = UNSET,
         concurrency: int | Unset | None = UNSET,
+        rate_limit: float | Unset | None = UNSET,
         timeout: float | Unset | None = UNSET,
         tenant: str | None = None,
     ) -> Endpoint:
@@ -157,14 +208,15 @@ class Endpoints:
         row = await self._row(endpoint_id, tenant)
         given: dict[str, tuple[Any, Callable[[Any], Any]]] = {
             "url": (url, self._network.check_url),
-            "events": (events, _patterns),
-            "name": (name, lambda value: _text("name", value)),
-            "description": (description, lambda value: _text("description", value)),
-            "filters": (filters, _filters),
-            "metadata": (metadata, _metadata),
-            "headers": (headers, _headers),
+            "events": (events, self._patterns),
+            "name": (name, lambda value: text("name", value)),
+            "description": (description, lambda value: text("description", value)),
+            "filters": (filters, filters_of),
+            "metadata": (metadata, metadata_of),
+            "headers": (headers, headers_of),
             "profile": (profile, str),
-            "concurrency": (concurrency, lambda value: _positive("concurrency", value)),
+            "concurrency": (concurrency, lambda value: positive("concurrency", value)),
+            "rate_limit": (rate_limit, rate),
             "timeout": (timeout, lambda value: value),
         }
         changed = {key: check(value) for key, (value, check) in given.items() if value is not UNSET}
@@ -173,6 +225,75 @@ class Endpoints:
         stored = await self._storage.update_endpoint(new)
         self._changed()
         return to_endpoint(stored)
+
+    async def rotate_secret(
+        self,
+        endpoint_id: str,
+        *,
+        secret: Secret | str | None = None,
+        overlap: timedelta = timedelta(hours=24),
+        tenant: str | None = None,
+    ) -> Endpoint:
+        """Give the endpoint a new secret, and return it on the endpoint this once.
+
+        Until `overlap` has passed (0 to 7 days) the earlier ones go on signing, so that the receiver has time to change
+        over; with `timedelta(0)` they end at once, as they must when they leaked. A plain HexSignature header holds one
+        signature only: that of the new secret.
+
+        Raises NotFound, ValidationFailed, or ConflictError when five secrets would sign at once.
+        """
+        if not isinstance(overlap, timedelta) or not timedelta(0) <= overlap <= OVERLAP_MOST:
+            raise ValidationFailed("overlap", "must be a timedelta from 0 to 7 days")
+        row = await self._row(endpoint_id, tenant)
+        given = self._secret(row.profile, secret)
+        now = self._clock.now()
+        end = now + overlap // timedelta(microseconds=1)
+        earlier = [Key(key.text, min(end, key.expires_at or end)) for key in row.keys]
+        live = [key for key in earlier if key.expires_at is not None and key.expires_at > now]
+        if len(live) >= KEYS_MOST:
+            raise ConflictError(f"{KEYS_MOST} secrets of {endpoint_id} sign already: wait, or rotate with overlap=0")
+        new = replace(row, updated_at=now, keys=(Key(given.reveal()), *live))
+        self._check_profile(new)
+        stored = await self._storage.update_endpoint(new)
+        self._changed()
+        return replace(to_endpoint(stored), secret=given)
+
+    async def test(self, endpoint_id: str, *, tenant: str | None = None) -> Attempt:
+        """Send a signed event of type `hookwright.test` now, once, and return what came of it.
+
+        It ignores what the endpoint subscribed to, and whether it is paused or disabled; it is recorded as a delivery,
+        and touches neither retries nor the endpoint's health. Works in a process that does not deliver, too.
+
+        Raises NotFound, or ConflictError: tested less than 10 s ago, or nothing can be sent to it.
+        """
+        row = await self._row(endpoint_id, tenant)
+        await self._storage.admit_test(endpoint_id, TEST_INTERVAL)
+        if row.revision > self._cache.revision:
+            await self._cache.refresh(self._cache.revision)
+        now = self._clock.now()
+        event = EventRow(
+            id=new_id("evt", now),
+            type=TEST_TYPE,
+            data=b'{"test":true}',
+            occurred_at=self._clock.wall(),
+            tenant=row.tenant if isinstance(row.tenant, str) and row.tenant != ALL_TENANTS else None,
+        )
+        delivery = NewDelivery(new_id("dlv", now), endpoint_id)
+        record, succeeded = await self._try_out(lease_of(event, delivery, now))
+        state = DeliveryState.SUCCEEDED if succeeded else DeliveryState.FAILED
+        await self._storage.record_test(Emission(event, [delivery]), state, record)
+        return to_attempt(delivery.id, 1, record)
+
+    async def stats(
+        self, endpoint_id: str, *, since: datetime | None = None, tenant: str | None = None
+    ) -> EndpointStats:
+        """Return how many attempts were made since then (default: the last day), how many failed, and their durations.
+
+        At most the newest 100,000 attempts are looked at. Raises NotFound, or ValidationFailed for a time without zone.
+        """
+        await self._row(endpoint_id, tenant)
+        begin = self._clock.now() - 86_400 * SECOND if since is None else from_datetime(check_aware("since", since))
+        return to_stats(await self._storage.stats(endpoint_id, begin))
 
     async def pause(self, endpoint_id: str, *, tenant: str | None = None) -> Endpoint:
         """Hold deliveries: they are kept, and wait until `resume`. Attempts in flight end as they may."""
@@ -187,7 +308,7 @@ class Endpoints:
 
     async def disable(self, endpoint_id: str, *, reason: str | None = None, tenant: str | None = None) -> Endpoint:
         """Send nothing more: new and waiting deliveries are recorded as skipped. Harmless when repeated."""
-        endpoint = await self._set_state(endpoint_id, EndpointState.DISABLED, _text("reason", reason), tenant)
+        endpoint = await self._set_state(endpoint_id, EndpointState.DISABLED, text("reason", reason), tenant)
         self._observers.report(EndpointDisabled(endpoint_id=endpoint_id, reason=reason))
         return endpoint
 
@@ -216,6 +337,13 @@ class Endpoints:
             raise NotFound(f"there is no endpoint {endpoint_id!r}")
         return row
 
+    def _patterns(self, events: Sequence[str]) -> tuple[str, ...]:
+        found = patterns(events)
+        for pattern in found if self._catalogue is not None else ():
+            assert self._catalogue is not None
+            self._catalogue.check_pattern(pattern)
+        return found
+
     def _profile(self, name: str) -> Profile:
         profile = self._profiles.get(name)
         if profile is None:
@@ -242,6 +370,46 @@ class Endpoints:
             raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 5 s")
 
 
+def lease_of(event: EventRow, delivery: NewDelivery, now: int) -> Lease:
+    """Return a lease of a delivery that is not in the storage, and that nobody can settle."""
+    return Lease(
+        delivery.id,
+        "",
+        now,
+        delivery.endpoint_id,
+        event.id,
+        event.type,
+        event.data,
+        event.tenant,
+        event.occurred_at,
+        created_at=now,
+        since=now,
+        due_at=now,
+        number=1,
+        spent=0,
+        interruptions=0,
+        taken_over=False,
+        proven=False,
+    )
+
+
+def to_stats(attempts: Sequence[tuple[int, bool]]) -> EndpointStats:
+    """Return counts and percentiles of (duration, success)."""
+    durations = sorted(duration / SECOND for duration, _ in attempts)
+
+    def percentile(part: float) -> float | None:
+        return durations[min(len(durations) - 1, int(len(durations) * part))] if durations else None
+
+    return EndpointStats(
+        attempts=len(attempts),
+        failures=sum(not succeeded for _, succeeded in attempts),
+        p50=percentile(0.5),
+        p95=percentile(0.95),
+        p99=percentile(0.99),
+        slowest=durations[-1] if durations else None,
+    )
+
+
 def to_endpoint(row: EndpointRow) -> Endpoint:
     """Return what an application may see of a stored endpoint."""
     return Endpoint(
@@ -257,81 +425,15 @@ def to_endpoint(row: EndpointRow) -> Endpoint:
         profile=row.profile,
         concurrency=row.concurrency,
         timeout=row.timeout,
+        rate_limit=row.rate_limit,
         state=row.state,
         disabled_reason=row.disabled_reason,
         created_at=to_datetime(row.created_at),
         updated_at=to_datetime(row.updated_at),
-        consecutive_failures=row.consecutive_failures,
+        consecutive_failures=row.health.consecutive_failures,
+        failing_since=None if row.health.failing_since is None else to_datetime(row.health.failing_since),
+        last_delivery=None
+        if row.health.last_at is None
+        else LastDelivery(success=bool(row.health.last_success), at=to_datetime(row.health.last_at)),
+        secret_last4=row.keys[0].text[-4:] if row.keys else "",
     )
-
-
-def _patterns(events: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(events, str) or not events:
-        raise ValidationFailed("events", "give a list of at least one pattern, such as ['video.*'] or ['*']")
-    return tuple(dict.fromkeys(check_pattern(pattern) for pattern in events))
-
-
-def _text(field: str, value: str | None) -> str | None:
-    if value is not None and (not isinstance(value, str) or len(value) > 1000):  # the message says it
-        raise ValidationFailed(field, "must be text of at most 1,000 characters")
-    return value
-
-
-def _filters(filters: Mapping[str, Sequence[str | int | bool]] | None) -> dict[str, tuple[str | int | bool, ...]]:
-    checked: dict[str, tuple[str | int | bool, ...]] = {}
-    for key, values in (filters or {}).items():
-        allowed = tuple([values] if isinstance(values, (str, int)) else values)
-        if not allowed or not all(isinstance(value, (str, int)) for value in allowed):
-            raise ValidationFailed("filters", f"{key!r} needs a list of at least one str, int or bool")
-        checked[key] = allowed
-    return checked
-
-
-def _metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        return dict(json.loads(json.dumps(dict(metadata or {}), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise ValidationFailed("metadata", f"must be a mapping that JSON can hold: {error}") from None
-
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: token
-_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")  # RFC 9110, 5.5, less obs-text
-_RESERVED_HEADERS = frozenset(
-    [
-        "connection",
-        "cookie",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "accept-encoding",
-    ]
-)
-_RESERVED_PREFIXES = ("content-", "proxy-", "webhook-")
-
-
-def _headers(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    for name, value in (headers or {}).items():
-        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
-            raise ValidationFailed("headers", f"{name!r} is no header name (letters, digits and -)")
-        if name.lower() in _RESERVED_HEADERS or name.lower().startswith(_RESERVED_PREFIXES):
-            raise ValidationFailed("headers", f"{name} is set by hookwright or belongs to the connection: leave it out")
-        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
-            raise ValidationFailed("headers", f"the value of {name} must be printable ASCII without line breaks")
-    return tuple((headers or {}).items())
-
-
-def _tenant(tenant: Tenant) -> Tenant:
-    if tenant is None or tenant is ALL_TENANTS or (isinstance(tenant, str) and tenant):
-        return tenant
-    raise ValidationFailed("tenant", "must be text, None, or ALL_TENANTS")
-
-
-def _positive(field: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValidationFailed(field, f"must be a whole number of at least 1, not {value!r}")
-    return value

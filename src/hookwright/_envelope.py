@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ConfigurationError
@@ -63,6 +63,11 @@ class StandardEnvelope:
             content.data,
         )
 
+    def schema(self, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON Schema of the body, given that of the data."""
+        fields = {"type": {"const": event_type}, "timestamp": _time_schema(self._time_format), "data": data}
+        return _object_schema(fields)
+
 
 class EventEnvelope:
     """`{"event", "data", "timestamp"}`.
@@ -87,6 +92,11 @@ class EventEnvelope:
             content.data,
             _time(content.occurred_at, self._time_format),
         )
+
+    def schema(self, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON Schema of the body, given that of the data."""
+        fields = {"event": {"const": event_type}, "data": data, "timestamp": _time_schema(self._time_format)}
+        return _object_schema(fields)
 
 
 class FlatEnvelope:
@@ -139,6 +149,15 @@ class FlatEnvelope:
                 fields.append((key, raw))
         return ("{" + ",".join(f"{json.dumps(key, ensure_ascii=False)}:{raw}" for key, raw in fields) + "}").encode()
 
+    def schema(self, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON Schema of the body, given that of the data."""
+        fields: dict[str, Any] = {self._type_key: {"const": event_type}}
+        if self._time_key is not None:
+            fields[self._time_key] = _time_schema(self._time_format)
+        if self._id_key is not None:
+            fields[self._id_key] = {"type": "string"}
+        return {"allOf": [_object_schema(fields), data]}
+
 
 class CloudEventsEnvelope:
     """A CloudEvents 1.0.2 event in structured JSON mode, `application/cloudevents+json`.
@@ -178,6 +197,20 @@ class CloudEventsEnvelope:
             content.data,
         )
 
+    def schema(self, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON Schema of the body, given that of the data."""
+        return _object_schema(
+            {
+                "specversion": {"const": "1.0"},
+                "id": {"type": "string"},
+                "source": {"const": self._source},
+                "type": {"const": event_type},
+                "time": _time_schema("iso_ms"),
+                "datacontenttype": {"const": "application/json"},
+                "data": data,
+            }
+        )
+
 
 class CallableEnvelope:
     """A function as an envelope: what `Profile(envelope=function)` makes of it."""
@@ -211,6 +244,14 @@ def _time(microseconds: int, time_format: TimeFormat) -> bytes:
     moment = to_datetime(microseconds)
     text = moment.isoformat(timespec="milliseconds" if time_format == "iso_ms" else "seconds")
     return b'"%bZ"' % text.removesuffix("+00:00").encode()
+
+
+def _time_schema(time_format: TimeFormat) -> dict[str, Any]:
+    return {"type": "integer"} if time_format.startswith("epoch") else {"type": "string", "format": "date-time"}
+
+
+def _object_schema(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": list(fields)}
 
 
 def _members(text: str) -> Iterator[tuple[str, str]]:

@@ -88,6 +88,10 @@ class EndpointCache:
         """Return it, or None when it does not exist (any more)."""
         return self._by_id.get(endpoint_id)
 
+    def all(self) -> list[CachedEndpoint]:
+        """Return all that exist."""
+        return list(self._by_id.values())
+
     def match(self, event_type: str, tenant: str | None, attributes: Mapping[str, TypedValues]) -> list[CachedEndpoint]:
         """Return the endpoints that want the event, each once."""
         found: dict[str, CachedEndpoint] = {}

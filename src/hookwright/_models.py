@@ -63,14 +63,21 @@ DELIVERY_STATES: Final[tuple[tuple[DeliveryState | None, str, DeliveryState], ..
     (DeliveryState.PENDING, "2xx", DeliveryState.SUCCEEDED),
     (DeliveryState.PENDING, "retries exhausted, 410 Gone, or body cannot be rendered", DeliveryState.FAILED),
     (DeliveryState.PENDING, "endpoint disabled", DeliveryState.SKIPPED),
-    (DeliveryState.PENDING, "endpoint deleted", DeliveryState.CANCELLED),
+    (DeliveryState.PENDING, "cancel, or endpoint deleted", DeliveryState.CANCELLED),
+    (DeliveryState.FAILED, "retry or replay", DeliveryState.PENDING),
+    (DeliveryState.SKIPPED, "retry or replay", DeliveryState.PENDING),
+    (DeliveryState.CANCELLED, "retry or replay", DeliveryState.PENDING),
+    (DeliveryState.SUCCEEDED, "retry with force", DeliveryState.PENDING),
 )
 """(from, because of, to). `None` is before the delivery exists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored."""
+    """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored.
+
+    After `expunge` the data is empty and `expunged_at` says when.
+    """
 
     id: str
     type: str
@@ -80,11 +87,25 @@ class Event:
     occurred_at: datetime
     created_at: datetime
     idempotency_key: str | None = None
+    trace_context: str | None = None
+    expunged_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastDelivery:
+    """How an endpoint answered last, and when."""
+
+    success: bool
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A subscribed receiver. `secret` is set only on what `create` returned; header values are never read back."""
+    """A subscribed receiver. Header values are never read back, and `secret` is set only on what `create` and
+    `rotate_secret` returned; later there is `secret_last4`.
+
+    `failing_since` is the time of the first of the `consecutive_failures`. `rate_limit` is in attempts per second.
+    """
 
     id: str
     url: str
@@ -98,12 +119,16 @@ class Endpoint:
     profile: str = "default"
     concurrency: int | None = None
     timeout: float | None = None
+    rate_limit: float | None = None
     state: EndpointState = EndpointState.ACTIVE
     disabled_reason: str | None = None
     created_at: datetime
     updated_at: datetime
     consecutive_failures: int = 0
+    failing_since: datetime | None = None
+    last_delivery: LastDelivery | None = None
     secret: Secret | None = None
+    secret_last4: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +166,52 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointStats:
+    """How an endpoint's attempts went. Durations in seconds, None when there were no attempts."""
+
+    attempts: int
+    failures: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    slowest: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What a delivery sends: the exact body, and the headers as of now with secret values masked.
+
+    `changed`: the body is no longer what the last attempt sent, since the profile was changed; None: there was none.
+    """
+
+    url: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    changed: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How a dispatcher does.
+
+    `pending` and `leased` deliveries are counted up to 100,000. `oldest_due` is how long (seconds) the oldest delivery
+    that could be sent now has been waiting; `lag` how late the last attempt began. `lost_leases` are results that came
+    too late, since start. `problems` names endpoints that cannot be sent to, and `last_error` the storage's last one.
+    """
+
+    state: str
+    is_delivering: bool
+    pending: int
+    leased: int
+    in_flight: int
+    oldest_due: float | None
+    lag: float
+    lost_leases: int
+    last_error: str | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
     """A slice of a list, newest first, and the cursor that continues it (None at the end)."""
 
@@ -168,7 +239,7 @@ class Receipt:
     duplicate: bool = False
 
 
-class NewEvent(NamedTuple):
+class EventRow(NamedTuple):
     """An event ready to be stored: validated, its data already bytes. Times in microseconds UTC."""
 
     id: str
@@ -179,6 +250,7 @@ class NewEvent(NamedTuple):
     attributes: str = "{}"
     idempotency_key: str | None = None
     digest: bytes | None = None
+    trace_context: str | None = None
 
 
 class NewDelivery(NamedTuple):
@@ -188,6 +260,18 @@ class NewDelivery(NamedTuple):
     endpoint_id: str
     available_at: int = 0
     skipped: bool = False
+
+
+class EndpointHealth(NamedTuple):
+    """How an endpoint does. Times in microseconds UTC; `last_at` is when it answered, or failed to, last."""
+
+    consecutive_failures: int = 0
+    failing_since: int | None = None
+    last_success: bool | None = None
+    last_at: int | None = None
+
+
+NO_HEALTH = EndpointHealth()
 
 
 class Key(NamedTuple):
@@ -222,11 +306,12 @@ class EndpointRow:
     profile: str = "default"
     concurrency: int | None = None
     timeout: float | None = None
+    rate_limit: float | None = None
     state: EndpointState = EndpointState.ACTIVE
     disabled_reason: str | None = None
     deleted: bool = False
     revision: int = 0
-    consecutive_failures: int = 0
+    health: EndpointHealth = NO_HEALTH
 
     def __repr__(self) -> str:
         return f"EndpointRow(id={self.id!r}, revision={self.revision})"
@@ -236,6 +321,7 @@ class Lease(NamedTuple):
     """The right to attempt a delivery until `until` (steady microseconds), under `token`.
 
     `number` is the coming attempt's. `spent` is how many attempts have counted against the retry policy so far;
+    `since` is when the budget began (at emit, or at the last retry by hand);
     `interruptions` how often a process died with this delivery in flight; `taken_over` says that it just happened.
     `proven` says that the endpoint answered its last attempt with success, in this process.
     """
@@ -250,6 +336,7 @@ class Lease(NamedTuple):
     tenant: str | None
     occurred_at: int
     created_at: int
+    since: int
     due_at: int
     number: int
     spent: int
@@ -300,10 +387,20 @@ def to_attempt(delivery_id: str, number: int, record: AttemptRecord) -> Attempt:
     )
 
 
+class Emission(NamedTuple):
+    """An event with its rows: what is stored together."""
+
+    event: EventRow
+    deliveries: Sequence[NewDelivery]
+
+
 class Outcome(NamedTuple):
     """A leased delivery's new state. `retry_in` (microseconds) goes with PENDING; `gone` disables the endpoint as well.
 
-    `attempt` is None when nothing was sent (the budget was already spent on interruptions).
+    `attempt` is None when nothing was sent (the budget was already spent on interruptions). `counts`: it says something
+    about the endpoint. `hold` (microseconds) closes its lane for that long. `throttled`: it is one of the answers that
+    ask for a pause, whose length grows with their number in a row and is multiplied by this (0: it is none of them).
+    `alerts` are events to store in the same transaction if they come true: `failed`, or the value of a Change.
     """
 
     delivery_id: str
@@ -314,23 +411,51 @@ class Outcome(NamedTuple):
     retry_in: int = 0
     gone: bool = False
     counts: bool = True
+    hold: int = 0
+    throttled: float = 0.0
+    alerts: Sequence[tuple[str, Emission]] = ()
 
 
-class EndpointHealth(NamedTuple):
-    """How the endpoint does after a settled attempt.
+class HealthPolicy(NamedTuple):
+    """When an endpoint is called failing, and when it is disabled: after so many failures in a row, for so long.
 
-    `disabled`: this very outcome disabled it. `stopped`: it is disabled or deleted, and rows of it wait to be swept.
+    `disable_after` is in microseconds; None never disables.
     """
 
-    consecutive_failures: int
-    proven: bool
-    disabled: bool = False
-    stopped: bool = False
+    failing_at: int = 4
+    disable_after: int | None = 5 * 24 * 3600 * SECOND
+    disable_failures: int = 20
+
+
+class Change(StrEnum):
+    """What a settled outcome changed about its endpoint."""
+
+    FAILING = "failing"
+    RECOVERED = "recovered"
+    DISABLED = "disabled"
 
 
 class Settled(NamedTuple):
-    """Whether the lease still held (if not, nothing was written), and the endpoint's new health."""
+    """Whether the lease still held (if not, nothing was written), and what became of delivery and endpoint.
+
+    `proven`: the endpoint answered with success just now; None when it no longer exists. `changes` are what this very
+    outcome brought about, and `reason` why it was disabled. `stopped`: it is disabled or deleted, and rows of it wait
+    to be swept.
+    """
 
     held: bool
-    health: EndpointHealth | None = None
     next_attempt_at: int | None = None
+    proven: bool | None = None
+    failures: int = 0
+    changes: tuple[Change, ...] = ()
+    reason: str | None = None
+    stopped: bool = False
+
+
+COOL_DOWN_MOST = 60 * SECOND
+"""An endpoint that asks for a pause gets 1 s, doubled each time in a row, at most this."""
+
+
+def cool_down(in_a_row: int, factor: float) -> int:
+    """Return for how many microseconds a lane is closed after so many throttled outcomes in a row."""
+    return round(min(COOL_DOWN_MOST, SECOND << min(max(0, in_a_row - 1), 16)) * factor)

@@ -89,8 +89,32 @@ class DeliveryFailed(DeliveryObservation):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryCancelled(Observation):
+    """A delivery was cancelled by hand; what is in flight of it changes nothing any more."""
+
+    delivery_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointFailing(Observation):
+    """An endpoint has failed `failures` attempts in a row (the fourth, by default); told once until it recovers."""
+
+    endpoint_id: str
+    failures: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointRecovered(Observation):
+    """An endpoint that was failing has answered with success."""
+
+    endpoint_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointDisabled(Observation):
-    """An endpoint was disabled, by the application (`reason` as given) or by its answer (`gone`)."""
+    """An endpoint was disabled: by the application (`reason` as given), by its answer 410 (`gone`), or because nothing
+    but failures came of it for days (`failing`).
+    """
 
     endpoint_id: str
     reason: str | None

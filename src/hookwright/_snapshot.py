@@ -6,24 +6,41 @@ import hashlib
 import json
 import re
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import PydanticSerializationError, to_json
 
-from hookwright._catalogue import check_type
+from hookwright._catalogue import RESERVED, check_type
 from hookwright._clock import from_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import NewEvent
+from hookwright._models import EventRow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
     from hookwright._models import AttributeValue
 
 Scalar = str | int | bool
 TypedValues = frozenset[tuple[type, Scalar]]
+
+
+class NewEvent(NamedTuple):
+    """An event for `emit_many`: the arguments of `emit`."""
+
+    type: str
+    data: object = None
+    attributes: Mapping[str, AttributeValue] | None = None
+    tenant: str | None = None
+    idempotency_key: str | None = None
+    event_id: str | None = None
+    endpoint_id: str | None = None
+    occurred_at: datetime | None = None
+    deliver_at: datetime | None = None
+    trace_context: str | None = None
+
 
 DATA_LIMIT = 256 * 1024
 """Bytes of an event's data as JSON at most."""
@@ -34,36 +51,33 @@ def typed(values: Sequence[Scalar]) -> TypedValues:
     return frozenset((type(value), value) for value in values)
 
 
-def snapshot(
-    type: str,
-    data: object,
-    *,
-    attributes: Mapping[str, AttributeValue] | None,
-    tenant: str | None,
-    idempotency_key: str | None,
-    event_id: str | None,
-    occurred_at: datetime | None,
-    clock: Clock,
-) -> tuple[NewEvent, dict[str, TypedValues]]:
+def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tuple[EventRow, dict[str, TypedValues]]:
     """Return the event to store, and its attributes as filters compare them. Raises ValidationFailed."""
-    check_type(type)
-    encoded = _encode(data)
-    listed = _attributes(attributes)
-    if tenant is not None and not (isinstance(tenant, str) and tenant):
+    check_type(new.type)
+    if new.type.startswith(RESERVED):
+        raise ValidationFailed("type", f"types that begin with {RESERVED!r} are hookwright's own: choose another name")
+    if catalogue is not None:
+        catalogue.check(new.type, new.data)
+    encoded = _encode(new.data)
+    listed = _attributes(new.attributes)
+    if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
         raise ValidationFailed("tenant", "must be text or None")
     digest = None
-    if idempotency_key is not None or event_id is not None:
+    if new.idempotency_key is not None or new.event_id is not None:
         # It tells a repeated emit from another one under the same key or id. The order of keys counts.
-        digest = hashlib.sha256(b"\0".join([type.encode(), repr(tenant).encode(), encoded])).digest()
-    event = NewEvent(
-        id=new_id("evt", clock.now()) if event_id is None else _event_id(event_id),
-        type=type,
+        digest = hashlib.sha256(b"\0".join([new.type.encode(), repr(new.tenant).encode(), encoded])).digest()
+    event = EventRow(
+        id=new_id("evt", clock.now()) if new.event_id is None else _event_id(new.event_id),
+        type=new.type,
         data=encoded,
-        occurred_at=clock.wall() if occurred_at is None else from_datetime(check_aware("occurred_at", occurred_at)),
-        tenant=tenant,
+        occurred_at=clock.wall()
+        if new.occurred_at is None
+        else from_datetime(check_aware("occurred_at", new.occurred_at)),
+        tenant=new.tenant,
         attributes=json.dumps(listed) if listed else "{}",
-        idempotency_key=_idempotency_key(idempotency_key),
+        idempotency_key=_idempotency_key(new.idempotency_key),
         digest=digest,
+        trace_context=_trace_context(new.trace_context),
     )
     return event, {key: typed(values) for key, values in listed.items()}
 
@@ -109,6 +123,15 @@ def _idempotency_key(key: str | None) -> str | None:
     if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
         raise ValidationFailed("idempotency_key", "must be text of 1 to 256 characters")
     return key
+
+
+_TRACE_CONTEXT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _trace_context(text: str | None) -> str | None:
+    if text is not None and not (isinstance(text, str) and _TRACE_CONTEXT.fullmatch(text)):
+        raise ValidationFailed("trace_context", "must be a W3C traceparent, such as '00-<32 hex>-<16 hex>-01', or None")
+    return text
 
 
 def check_aware(field: str, moment: datetime) -> datetime:

@@ -86,6 +86,8 @@ class Worker:
         self._stopping = False
         self._ended = asyncio.Event()
         self._failures = 0
+        self.lag = 0.0
+        self.last_error: str | None = None
         self._drainers: list[asyncio.Future[None]] = []
 
     @property
@@ -157,6 +159,7 @@ class Worker:
 
     def _back_off(self, error: Exception) -> _Pass:
         delay = min(_BACKOFF_MOST, 2.0**self._failures)
+        self.last_error = f"{type(error).__name__}: {error}"
         self._failures = min(self._failures + 1, 10)
         if self._failures == 1:
             _logger.exception("deliveries cannot be claimed; trying again until they can")
@@ -174,7 +177,9 @@ class Worker:
     def _start(self, lease: Lease) -> None:
         endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
         endpoint.proven = lease.proven
-        endpoint.started[lease.delivery_id] = self._clock.now()
+        now = self._clock.now()
+        endpoint.started[lease.delivery_id] = now
+        self.lag = max(0, now - lease.due_at) / SECOND
         task = asyncio.get_running_loop().create_task(self._carry_out(lease, endpoint))
         self._tasks[lease.delivery_id] = task, lease
 
@@ -188,9 +193,9 @@ class Worker:
             _logger.exception("delivery %s could not be carried out", lease.delivery_id)
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
         else:
-            if settled is not None and settled.health is not None:
-                endpoint.proven = settled.health.proven
-                if settled.health.stopped:
+            if settled is not None and settled.proven is not None:
+                endpoint.proven = settled.proven
+                if settled.stopped:
                     self._on_stopped_endpoints()
         finally:
             self._free_slot(lease, endpoint)

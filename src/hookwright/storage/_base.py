@@ -10,29 +10,56 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookwright._models import HealthPolicy
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from hookwright._clock import Clock
     from hookwright._models import (
         Attempt,
+        AttemptRecord,
         Claim,
         Delivery,
         DeliveryState,
+        Emission,
         EndpointRow,
         EndpointState,
         Event,
+        EventRow,
         Lease,
         NewDelivery,
-        NewEvent,
         Outcome,
         Page,
         Receipt,
         Settled,
     )
 
+DEFAULT_HEALTH = HealthPolicy()
+
 FREE_INTERRUPTIONS = 3
 """So many crashes of ours cost a delivery nothing; each later one costs an attempt, so that a poison pill ends."""
+
+
+def rate_interval(endpoint: EndpointRow) -> int | None:
+    """Return the microseconds between two attempts to an endpoint, or None when it has no rate limit."""
+    return None if endpoint.rate_limit is None else max(1, round(1_000_000 / endpoint.rate_limit))
+
+
+def _tolerance(interval: int) -> int:
+    # What may be sent at once: as much as a second allows, and one attempt at least.
+    return max(0, 1_000_000 - interval)
+
+
+def allowed(interval: int, rate_at: int, now: int) -> int:
+    """Return how many attempts a rate limit allows now (the generic cell rate algorithm, ITU-T I.371)."""
+    return max(0, (now + _tolerance(interval) - max(rate_at, now)) // interval + 1)
+
+
+def opens_at(interval: int, rate_at: int) -> int:
+    """Return when the next attempt is allowed."""
+    return rate_at - _tolerance(interval)
+
 
 SWEEP_ROWS = 500
 """Rows that one `sweep` transaction changes at most: a bigger one would stop every other writer."""
@@ -62,14 +89,32 @@ class Changes(NamedTuple):
 
 
 class DeliveryFilter(NamedTuple):
-    """What `list_deliveries` and `count_deliveries` narrow by; None narrows nothing."""
+    """What `list_deliveries` and `count_deliveries` narrow by; None and () narrow nothing. `until` is exclusive."""
 
-    state: DeliveryState | None = None
+    states: tuple[DeliveryState, ...] = ()
     endpoint_id: str | None = None
     event_id: str | None = None
     event_type: str | None = None
     since: int | None = None
+    until: int | None = None
     tenant: str | None = None
+
+
+class Backlog(NamedTuple):
+    """What waits: rows that are pending and leased, each counted up to BACKLOG_COUNTED, and since when the oldest of
+    those that could be sent now could be.
+    """
+
+    pending: int
+    leased: int
+    oldest_due: int | None
+
+
+BACKLOG_COUNTED = 100_000
+"""Rows that `backlog` counts at most, so that it stays cheap."""
+
+STATS_ROWS = 100_000
+"""Attempts that `stats` looks at most at: the newest."""
 
 
 class Storage(ABC):
@@ -102,7 +147,7 @@ class Storage(ABC):
     # -- the outbox ---------------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """Store the event and its rows in one durable transaction, and make each row's lane due no later than the row.
 
         Raises StaleEndpoints when the endpoint counter is no longer `endpoints_revision`, and ConflictError when the
@@ -110,6 +155,10 @@ class Storage(ABC):
         nothing is written and the first event's receipt is returned with `duplicate=True`. Rows of skipped
         deliveries are stored in state `skipped`, and are not counted in the receipt.
         """
+
+    @abstractmethod
+    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+        """Store several events with their rows, all or none, as `enqueue` stores one. Raises what it raises."""
 
     @abstractmethod
     async def claim(self, request: ClaimRequest) -> Claim:
@@ -128,13 +177,16 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """Write attempt, delivery state and endpoint health for each outcome whose token is still the row's.
 
         A stale token changes nothing and is answered with `held=False`. An expired lease that nobody took settles.
         A success proves the endpoint and resets its failures, anything else that `counts` adds one and unproves it.
         PENDING makes the row available after `retry_in`. `gone` disables the endpoint (reason `gone`) in the same
-        transaction. A row of a disabled or deleted endpoint that would be retried is left to `sweep`.
+        transaction; so do failures in a row that are as many, and for as long, as the policy says (reason `failing`).
+        `hold` and `throttled` close the lane for a while (see Outcome). Alerts that came true are stored as `enqueue`
+        would store them, for endpoints that are neither disabled nor deleted.
+        A row of a disabled or deleted endpoint that would be retried is left to `sweep`.
         """
 
     @abstractmethod
@@ -142,6 +194,35 @@ class Storage(ABC):
         """Give leases back: available as scheduled, no token. With `sent`, an `interrupted` attempt that costs nothing
         is recorded for each, since a request may have left. `hold` (microseconds from now) closes their lanes until
         then; `set_endpoint_state` ends a hold early. Stale tokens change nothing.
+        """
+
+    @abstractmethod
+    async def requeue(self, delivery_ids: Sequence[str], states: Collection[DeliveryState]) -> int:
+        """Make those of the deliveries that are in one of the states available now, with a new budget; say how many.
+
+        Left as they are: leased rows, rows of disabled or deleted endpoints (nobody would ever send or sweep them), and
+        of expunged events. The cost is that of the ids given.
+        """
+
+    @abstractmethod
+    async def cancel(self, delivery_ids: Sequence[str]) -> list[str]:
+        """End those of the deliveries that are pending as `cancelled`, and return their ids.
+
+        A leased row loses its token, and an `interrupted` attempt is recorded: a request may have left.
+        """
+
+    @abstractmethod
+    async def admit_test(self, endpoint_id: str, interval: int) -> None:
+        """Note that an endpoint is tested now.
+
+        Raises NotFound, or ConflictError when the last time was less than `interval` microseconds ago.
+        """
+
+    @abstractmethod
+    async def record_test(self, emission: Emission, state: DeliveryState, attempt: AttemptRecord) -> None:
+        """Store an event with one delivery, which has ended in this state with this one attempt.
+
+        The endpoint's health is not touched.
         """
 
     @abstractmethod
@@ -219,6 +300,21 @@ class Storage(ABC):
     @abstractmethod
     async def attempts(self, delivery_id: str) -> list[Attempt]:
         """Return the attempts of a delivery, oldest first. NotFound: unknown delivery."""
+
+    @abstractmethod
+    async def stats(self, endpoint_id: str, since: int) -> list[tuple[int, bool]]:
+        """Return duration and success of the endpoint's attempts since then, the newest first, STATS_ROWS at most."""
+
+    @abstractmethod
+    async def backlog(self) -> Backlog:
+        """Return what waits, at a cost that does not grow with it beyond BACKLOG_COUNTED."""
+
+    @abstractmethod
+    async def expunge(self, event_id: str) -> list[str]:
+        """Remove an event's data and attributes, and its attempts' responses, for good: from the file and its WAL too.
+
+        The records stay. Its pending deliveries are cancelled, and their ids returned. NotFound: unknown event.
+        """
 
     @abstractmethod
     async def prune(self, before: int) -> int:

@@ -4,80 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hookwright._clock import FOREVER, Clock, to_datetime
-from hookwright._errors import ConflictError, NotFound, StaleEndpoints, StorageClosed, StorageError
+from hookwright._clock import FOREVER, Clock
+from hookwright._errors import ConflictError, HookwrightError, NotFound, StaleEndpoints, StorageError
 from hookwright._ids import new_token
 from hookwright._models import (
-    Attempt,
-    AttemptRecord,
+    Change,
     Claim,
-    Delivery,
     DeliveryState,
     EndpointHealth,
     EndpointRow,
     EndpointState,
-    Event,
+    EventRow,
     Lease,
     NewDelivery,
-    NewEvent,
     Page,
     Receipt,
     Settled,
-    to_attempt,
+    cool_down,
 )
 from hookwright.storage._base import (
+    DEFAULT_HEALTH,
     FREE_INTERRUPTIONS,
     SWEEP_ROWS,
     Changes,
     ClaimRequest,
-    DeliveryFilter,
-    Storage,
+    allowed,
+    opens_at,
+    rate_interval,
 )
 from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage._memory_history import MemoryHistory, MemoryLane, MemoryRow, interrupt, new_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from hookwright._models import Outcome
-
-
-@dataclass
-class _Row:
-    id: str
-    event: NewEvent
-    endpoint_id: str
-    state: DeliveryState
-    available_at: int
-    scheduled_at: int | None
-    created_at: int
-    token: str | None = None
-    interruptions: int = 0
-    budget_from: int = 0
-    finished_at: int | None = None
-    last_status: int | None = None
-    last_error: str | None = None
-    attempts: list[AttemptRecord] = field(default_factory=list)
-
-    @property
-    def due_since(self) -> int:
-        return self.available_at or self.created_at
+    from hookwright._models import Emission, HealthPolicy, Outcome
 
 
-@dataclass
-class _Lane:
-    hold_until: int = 0
-    earned: int = 0
-    failures: int = 0
-    sweep: DeliveryState | None = None
-    served: int = 0
-    rows: dict[str, _Row] = field(default_factory=dict)
-
-
-class MemoryStorage(Storage):
+class MemoryStorage(MemoryHistory):
     """Everything in this object, lost with it: for tests, and for trying things out.
 
     ```python
@@ -87,19 +54,6 @@ class MemoryStorage(Storage):
         print(await dispatcher.emit("video.processed", {"video_id": "vid_123"}))
     ```
     """
-
-    def __init__(self) -> None:
-        self._clock: Clock | None = None
-        self._closing = asyncio.Event()
-        self._acquired = False
-        self._revision = 0
-        self._serving = 0
-        self._events: dict[str, tuple[NewEvent, int, int]] = {}
-        self._event_rows: dict[str, list[_Row]] = {}
-        self._keys: dict[str, str] = {}
-        self._rows: dict[str, _Row] = {}
-        self._endpoints: dict[str, EndpointRow] = {}
-        self._lanes: dict[str, _Lane] = {}
 
     def __repr__(self) -> str:
         return "MemoryStorage()"
@@ -128,7 +82,7 @@ class MemoryStorage(Storage):
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 
-    async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """See `Storage.enqueue`."""
         now = self._now()
         known = event.id if event.id in self._events else self._keys.get(event.idempotency_key or "")
@@ -147,13 +101,33 @@ class MemoryStorage(Storage):
         self._events[event.id] = (event, now, count)
         if event.idempotency_key is not None:
             self._keys[event.idempotency_key] = event.id
-        rows = [_new_row(event, delivery, now) for delivery in deliveries]
+        rows = [new_row(event, delivery, now) for delivery in deliveries]
         self._event_rows[event.id] = rows
         for row in rows:
             self._rows[row.id] = row
             if row.state is DeliveryState.PENDING:
                 self._lanes[row.endpoint_id].rows[row.id] = row
         return Receipt(event.id, count)
+
+    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+        """See `Storage.enqueue_many`."""
+        receipts: list[Receipt] = []
+        try:
+            for event, deliveries in emissions:
+                receipts.append(await self.enqueue(event, deliveries, endpoints_revision=endpoints_revision))
+        except HookwrightError:
+            for receipt in receipts:
+                if not receipt.duplicate:
+                    self._forget(receipt.event_id)
+            raise
+        return receipts
+
+    def _forget(self, event_id: str) -> None:
+        event, _, _ = self._events.pop(event_id)
+        self._keys.pop(event.idempotency_key or "", None)
+        for row in self._event_rows.pop(event_id):
+            del self._rows[row.id]
+            self._lanes[row.endpoint_id].rows.pop(row.id, None)
 
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`."""
@@ -168,11 +142,17 @@ class MemoryStorage(Storage):
             room = min(min(max(1, lane.earned), cap) - len(held), request.limit - len(leases))
             if doubtful:
                 room = min(room, unproven_left)
+            interval = rate_interval(self._endpoints[endpoint_id])
+            if interval is not None:
+                room = min(room, allowed(interval, lane.rate_at, now))
             found = [row for row in self._due_rows(lane, now) if row.id not in held][: max(0, room)]
             if found:
                 self._serving += 1
                 lane.served = self._serving
                 unproven_left -= len(found) if doubtful else 0
+                if interval is not None:
+                    lane.rate_at = max(lane.rate_at, now) + interval * len(found)
+                    lane.hold_until = max(lane.hold_until, opens_at(interval, lane.rate_at))
             leases.extend(self._lease(row, lane, request.lease, now) for row in found)
         later = (
             max(lane.hold_until, min(row.available_at for row in lane.rows.values()))
@@ -182,20 +162,20 @@ class MemoryStorage(Storage):
         next_due = min((time for time in later if now < time < FOREVER), default=None)
         return Claim(leases, next_due, self._revision)
 
-    def _first_due(self, endpoint_id: str, lane: _Lane, request: ClaimRequest, now: int) -> bool:
+    def _first_due(self, endpoint_id: str, lane: MemoryLane, request: ClaimRequest, now: int) -> bool:
         held = request.in_flight.get(endpoint_id, ())
         return lane.hold_until <= now and any(row.id not in held for row in self._due_rows(lane, now))
 
-    def _due_rows(self, lane: _Lane, now: int) -> list[_Row]:
+    def _due_rows(self, lane: MemoryLane, now: int) -> list[MemoryRow]:
         return sorted(
             (row for row in lane.rows.values() if row.available_at <= now), key=lambda row: (row.due_since, row.id)
         )
 
-    def _lease(self, row: _Row, lane: _Lane, duration: int, now: int) -> Lease:
+    def _lease(self, row: MemoryRow, lane: MemoryLane, duration: int, now: int) -> Lease:
         taken_over = row.token is not None
         if taken_over:
             row.interruptions += 1
-            _interrupt(row, now)
+            interrupt(row, now)
         row.token, row.available_at = new_token(), now + duration
         return Lease(
             delivery_id=row.id,
@@ -208,7 +188,8 @@ class MemoryStorage(Storage):
             tenant=row.event.tenant,
             occurred_at=row.event.occurred_at,
             created_at=row.created_at,
-            due_at=row.scheduled_at or row.created_at,
+            since=row.since,
+            due_at=row.scheduled_at or row.since,
             number=len(row.attempts) + 1,
             spent=len(row.attempts) - row.budget_from - min(row.interruptions, FREE_INTERRUPTIONS),
             interruptions=row.interruptions,
@@ -216,12 +197,12 @@ class MemoryStorage(Storage):
             proven=lane.earned > 0,
         )
 
-    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """See `Storage.settle`."""
         now = self._now()
-        return [self._settle_one(outcome, now) for outcome in outcomes]
+        return [await self._settle_one(outcome, policy, now) for outcome in outcomes]
 
-    def _settle_one(self, outcome: Outcome, now: int) -> Settled:
+    async def _settle_one(self, outcome: Outcome, policy: HealthPolicy, now: int) -> Settled:
         row = self._rows.get(outcome.delivery_id)
         if row is None or row.token is None or row.token != outcome.token:
             return Settled(held=False)
@@ -232,18 +213,54 @@ class MemoryStorage(Storage):
         row.state, row.token, row.scheduled_at, row.available_at = outcome.state, None, retry_at, retry_at or 0
         if outcome.state.final:
             self._end(row, outcome.state, now)
-        return Settled(held=True, health=self._update_health(outcome, now), next_attempt_at=retry_at)
+        settled = self._update_health(outcome, policy, now)._replace(next_attempt_at=retry_at)
+        for name, emission in outcome.alerts:
+            if name in settled.changes or (name == "failed" and outcome.state is DeliveryState.FAILED):
+                lanes = {id for id, lane in self._lanes.items() if lane.sweep is None}
+                deliveries = [delivery for delivery in emission.deliveries if delivery.endpoint_id in lanes]
+                await self.enqueue(emission.event, deliveries, endpoints_revision=self._revision)
+        return settled
 
-    def _update_health(self, outcome: Outcome, now: int) -> EndpointHealth | None:
+    def _update_health(self, outcome: Outcome, policy: HealthPolicy, now: int) -> Settled:
         lane = self._lanes.get(outcome.endpoint_id)
         if lane is None:
-            return None
+            return Settled(held=True)
+        changes: list[Change] = []
+        failures, since, _, _ = lane.health
         if outcome.counts and outcome.state is DeliveryState.SUCCEEDED:
-            lane.failures, lane.earned = 0, min(1024, max(2, lane.earned * 2))
+            changes += [Change.RECOVERED] if failures >= policy.failing_at else []
+            lane.health, lane.earned = EndpointHealth(0, None, True, now), min(1024, max(2, lane.earned * 2))
         elif outcome.counts:
-            lane.failures, lane.earned = lane.failures + 1, 0
-        disabled = outcome.gone and self._change_state(outcome.endpoint_id, EndpointState.DISABLED, "gone", now)
-        return EndpointHealth(lane.failures, lane.earned > 0, disabled=disabled, stopped=lane.sweep is not None)
+            lane.health, lane.earned = EndpointHealth(failures + 1, since or now, False, now), 0
+            changes += [Change.FAILING] if failures + 1 == policy.failing_at else []
+        if outcome.counts:
+            lane.throttles = lane.throttles + 1 if outcome.throttled else 0
+        pause = cool_down(lane.throttles, outcome.throttled) if outcome.throttled else 0
+        if pause or outcome.hold:
+            lane.hold_until = max(lane.hold_until, now + max(pause, outcome.hold))
+        reason = self._reason_to_disable(lane.health, outcome, policy, now)
+        is_disabled = self._endpoints[outcome.endpoint_id].state is EndpointState.DISABLED
+        if reason and not is_disabled and self._change_state(outcome.endpoint_id, EndpointState.DISABLED, reason, now):
+            changes.append(Change.DISABLED)
+        return Settled(
+            True,
+            None,
+            lane.earned > 0,
+            lane.health.consecutive_failures,
+            tuple(changes),
+            reason if Change.DISABLED in changes else None,
+            lane.sweep is not None,
+        )
+
+    def _reason_to_disable(
+        self, health: EndpointHealth, outcome: Outcome, policy: HealthPolicy, now: int
+    ) -> str | None:
+        if outcome.gone:
+            return "gone"
+        if not outcome.counts or policy.disable_after is None or health.failing_since is None:
+            return None
+        long_enough = now - health.failing_since >= policy.disable_after
+        return "failing" if long_enough and health.consecutive_failures >= policy.disable_failures else None
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
@@ -254,7 +271,7 @@ class MemoryStorage(Storage):
                 continue
             row.token, row.available_at = None, row.scheduled_at or 0
             if sent:
-                _interrupt(row, now)
+                interrupt(row, now)
                 row.budget_from += 1
             if hold:
                 lane = self._lanes[row.endpoint_id]
@@ -278,10 +295,6 @@ class MemoryStorage(Storage):
                 lane.sweep = None
         return left == 0
 
-    def _end(self, row: _Row, state: DeliveryState, now: int) -> None:
-        row.state, row.token, row.available_at, row.scheduled_at, row.finished_at = state, None, 0, None, now
-        self._lanes[row.endpoint_id].rows.pop(row.id, None)
-
     async def wait(self, timeout: float) -> bool:
         """See `Storage.wait`: there is no other process."""
         self._now()
@@ -297,7 +310,7 @@ class MemoryStorage(Storage):
         if endpoint.id in self._endpoints:
             raise ConflictError(f"id: there is an endpoint {endpoint.id} already")
         held = 0 if endpoint.state is EndpointState.ACTIVE else FOREVER
-        self._lanes[endpoint.id] = _Lane(hold_until=held)
+        self._lanes[endpoint.id] = MemoryLane(hold_until=held)
         return self._store(endpoint)
 
     async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
@@ -311,7 +324,7 @@ class MemoryStorage(Storage):
                 state=stored.state,
                 disabled_reason=stored.disabled_reason,
                 created_at=stored.created_at,
-                consecutive_failures=stored.consecutive_failures,
+                health=stored.health,
             )
         )
 
@@ -345,7 +358,7 @@ class MemoryStorage(Storage):
         endpoint = self._endpoints.get(endpoint_id)
         if endpoint is None or endpoint.deleted:
             raise NotFound(f"there is no endpoint {endpoint_id!r}")
-        return replace(endpoint, consecutive_failures=self._lanes[endpoint_id].failures)
+        return replace(endpoint, health=self._lanes[endpoint_id].health)
 
     async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
         """See `Storage.list_endpoints`."""
@@ -378,117 +391,9 @@ class MemoryStorage(Storage):
         lane = self._lanes[endpoint_id]
         lane.hold_until = 0 if state is EndpointState.ACTIVE else FOREVER  # ends a hold, also of an active endpoint
         lane.sweep = DeliveryState.SKIPPED if state is EndpointState.DISABLED else None
+        if state is EndpointState.ACTIVE:  # a person has looked at it: its failures begin anew
+            lane.health, lane.throttles = lane.health._replace(consecutive_failures=0, failing_since=None), 0
         if (endpoint.state, endpoint.disabled_reason) == (state, reason):
             return False
         self._store(replace(endpoint, state=state, disabled_reason=reason, updated_at=now))
         return True
-
-    # -- history ------------------------------------------------------------------------------------------------
-
-    async def get_event(self, event_id: str) -> Event:
-        """See `Storage.get_event`."""
-        self._now()
-        if event_id not in self._events:
-            raise NotFound(f"there is no event {event_id!r}")
-        event, created_at, _ = self._events[event_id]
-        return Event(
-            id=event.id,
-            type=event.type,
-            data=event.data,
-            tenant=event.tenant,
-            attributes=json.loads(event.attributes),
-            occurred_at=to_datetime(event.occurred_at),
-            created_at=to_datetime(created_at),
-            idempotency_key=event.idempotency_key,
-        )
-
-    async def get_delivery(self, delivery_id: str) -> Delivery:
-        """See `Storage.get_delivery`."""
-        self._now()
-        if delivery_id not in self._rows:
-            raise NotFound(f"there is no delivery {delivery_id!r}")
-        return _to_delivery(self._rows[delivery_id])
-
-    async def list_deliveries(self, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
-        """See `Storage.list_deliveries`."""
-        after = None if cursor is None else decode_cursor(cursor, "deliveries", tuple(where))
-        rows = [row for row in self._matching(where) if after is None or row.id < after]
-        rows.sort(key=lambda row: row.id, reverse=True)
-        items = tuple(_to_delivery(row) for row in rows[:limit])
-        more = len(rows) > limit
-        return Page(items=items, next_cursor=encode_cursor("deliveries", tuple(where), items[-1].id) if more else None)
-
-    async def count_deliveries(self, where: DeliveryFilter) -> int:
-        """See `Storage.count_deliveries`."""
-        return sum(1 for _ in self._matching(where))
-
-    def _matching(self, where: DeliveryFilter) -> Iterator[_Row]:
-        self._now()
-        rows = self._rows.values() if where.event_id is None else self._event_rows.get(where.event_id, [])
-        for row in rows:
-            wanted = (
-                (where.state, row.state),
-                (where.endpoint_id, row.endpoint_id),
-                (where.event_type, row.event.type),
-                (where.tenant, row.event.tenant),
-            )
-            if all(want is None or want == has for want, has in wanted) and row.created_at >= (where.since or 0):
-                yield row
-
-    async def attempts(self, delivery_id: str) -> list[Attempt]:
-        """See `Storage.attempts`."""
-        await self.get_delivery(delivery_id)
-        return [
-            to_attempt(delivery_id, number, record)
-            for number, record in enumerate(self._rows[delivery_id].attempts, start=1)
-        ]
-
-    async def prune(self, before: int) -> int:
-        """See `Storage.prune`."""
-        self._now()
-        old = [
-            id
-            for id, (_, created_at, _) in self._events.items()
-            if created_at < before and all(row.state.final for row in self._event_rows[id])
-        ][:SWEEP_ROWS]
-        for id in old:
-            event, _, _ = self._events.pop(id)
-            self._keys.pop(event.idempotency_key or "", None)
-            for row in self._event_rows.pop(id):
-                del self._rows[row.id]
-        return len(old)
-
-    def _now(self) -> int:
-        if self._clock is None:
-            raise StorageClosed("the storage is not open: use it inside `async with Dispatcher(...)`, or after start()")
-        return self._clock.now()
-
-
-def _new_row(event: NewEvent, delivery: NewDelivery, now: int) -> _Row:
-    state = DeliveryState.SKIPPED if delivery.skipped else DeliveryState.PENDING
-    ended = now if delivery.skipped else None
-    scheduled_at = None if delivery.skipped else delivery.available_at
-    return _Row(
-        delivery.id, event, delivery.endpoint_id, state, delivery.available_at, scheduled_at, now, finished_at=ended
-    )
-
-
-def _interrupt(row: _Row, now: int) -> None:
-    row.attempts.append(AttemptRecord(now, 0, error="interrupted"))
-    row.last_status, row.last_error = None, "interrupted"
-
-
-def _to_delivery(row: _Row) -> Delivery:
-    return Delivery(
-        id=row.id,
-        event_id=row.event.id,
-        event_type=row.event.type,
-        endpoint_id=row.endpoint_id,
-        state=row.state,
-        attempt_count=len(row.attempts),
-        created_at=to_datetime(row.created_at),
-        next_attempt_at=None if row.scheduled_at is None else to_datetime(row.scheduled_at or row.created_at),
-        finished_at=None if row.finished_at is None else to_datetime(row.finished_at),
-        last_status=row.last_status,
-        last_error=row.last_error,
-    )

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import SECOND, Clock
-from hookwright._models import AttemptRecord, DeliveryState, EndpointRow, Key, NewDelivery, NewEvent, Outcome
+from hookwright._models import AttemptRecord, DeliveryState, EndpointRow, EventRow, Key, NewDelivery, Outcome
 from hookwright.storage._base import ClaimRequest, DeliveryFilter
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class World:
         """Return the endpoint counter."""
         return (await self.storage.changes(0)).revision
 
-    def new_event(self, **fields: Any) -> NewEvent:
+    def new_event(self, **fields: Any) -> EventRow:
         """Return an event that is not stored yet."""
         values: dict[str, Any] = {
             "id": self.new_id("evt"),
@@ -89,7 +89,7 @@ class World:
             "occurred_at": self.clock.now(),
             "digest": b"d",
         }
-        return NewEvent(**values | fields)
+        return EventRow(**values | fields)
 
     def new_delivery(self, endpoint_id: str, available_at: int = 0, *, skipped: bool = False) -> NewDelivery:
         """Return a delivery that is not stored yet."""
@@ -110,7 +110,7 @@ class World:
         )
         return [delivery.id for delivery in deliveries]
 
-    async def enqueue(self, event: NewEvent, *deliveries: NewDelivery) -> Receipt:
+    async def enqueue(self, event: EventRow, *deliveries: NewDelivery) -> Receipt:
         """Store an event matched against the endpoints as they are."""
         return await self.storage.enqueue(event, deliveries, endpoints_revision=await self.revision())
 

@@ -8,7 +8,7 @@ import pytest
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ConflictError, NotFound, ValidationFailed
-from hookwright._models import ALL_TENANTS, DeliveryState, EndpointState, Key
+from hookwright._models import ALL_TENANTS, DeliveryState, EndpointHealth, EndpointState, Key
 from hookwright.storage._base import SWEEP_ROWS, DeliveryFilter
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World
 
@@ -66,7 +66,7 @@ class EndpointContract(ContractBase):
                 state=EndpointState.ACTIVE,
                 disabled_reason="x",
                 created_at=1,
-                consecutive_failures=9,
+                health=EndpointHealth(9),
                 updated_at=world.clock.now() + SECOND,
             )
             updated = await world.storage.update_endpoint(wanted)
@@ -76,7 +76,7 @@ class EndpointContract(ContractBase):
                 state=EndpointState.PAUSED,
                 disabled_reason="manual",
                 created_at=stored.created_at,
-                consecutive_failures=1,
+                health=paused.health,
             )
             assert await world.storage.get_endpoint(stored.id) == updated
 
@@ -261,4 +261,4 @@ class SweepContract(ContractBase):
             assert (await world.claim_one()).delivery_id == row
 
     async def _count(self, world: World, state: DeliveryState) -> int:
-        return await world.storage.count_deliveries(DeliveryFilter(state=state))
+        return await world.storage.count_deliveries(DeliveryFilter(states=(state,)))

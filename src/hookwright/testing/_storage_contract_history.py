@@ -41,15 +41,15 @@ class HistoryContract(ContractBase):
             await world.emit(one)
             everything = {
                 DeliveryFilter(): 4,
-                DeliveryFilter(state=DeliveryState.SKIPPED): 1,
-                DeliveryFilter(state=DeliveryState.PENDING): 3,
+                DeliveryFilter(states=(DeliveryState.SKIPPED,)): 1,
+                DeliveryFilter(states=(DeliveryState.PENDING,)): 3,
                 DeliveryFilter(endpoint_id=one): 2,
                 DeliveryFilter(event_id=event.id): 2,
                 DeliveryFilter(event_type="export.ready"): 1,
                 DeliveryFilter(since=since): 2,
                 DeliveryFilter(tenant="t"): 2,
-                DeliveryFilter(DeliveryState.PENDING, one, event.id, "video.ready", START, "t"): 1,
-                DeliveryFilter(DeliveryState.PENDING, one, event.id, "video.ready", since, "t"): 0,
+                DeliveryFilter((DeliveryState.PENDING,), one, event.id, "video.ready", START, None, "t"): 1,
+                DeliveryFilter((DeliveryState.PENDING,), one, event.id, "video.ready", since, None, "t"): 0,
                 DeliveryFilter(event_id="evt_none"): 0,
             }
             for where, count in everything.items():
@@ -79,7 +79,7 @@ class HistoryContract(ContractBase):
     async def test_altered_and_foreign_cursors_are_refused(self) -> None:
         async with self.opened() as world:
             await world.emit_many(3, await world.endpoint())
-            where = DeliveryFilter(state=DeliveryState.PENDING)
+            where = DeliveryFilter(states=(DeliveryState.PENDING,))
             cursor = (await world.storage.list_deliveries(where, limit=1, cursor=None)).next_cursor
             assert cursor is not None
             altered = [cursor[:at] + ("A" if cursor[at] != "A" else "B") + cursor[at + 1 :] for at in range(8)]
@@ -87,7 +87,7 @@ class HistoryContract(ContractBase):
                 with pytest.raises(ValidationFailed) as refused:
                     await world.storage.list_deliveries(where, limit=1, cursor=bad)
                 assert refused.value.field == "cursor"
-            for other in (EVERYTHING, DeliveryFilter(state=DeliveryState.FAILED), DeliveryFilter(tenant="pending")):
+            for other in (EVERYTHING, DeliveryFilter(states=(DeliveryState.FAILED,)), DeliveryFilter(tenant="pending")):
                 with pytest.raises(ValidationFailed):
                     await world.storage.list_deliveries(other, limit=1, cursor=cursor)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hookwright._models import Claim, Lease
     from hookwright.testing._storage_contract_base import World
 
-_PENDING = DeliveryFilter(state=DeliveryState.PENDING)
+_PENDING = DeliveryFilter(states=(DeliveryState.PENDING,))
 CAP = 4
 CONCURRENCIES = (None, 1, 2, None, None, None)
 _SETTLED = [DeliveryState.SUCCEEDED] * 3 + [DeliveryState.FAILED, DeliveryState.PENDING]

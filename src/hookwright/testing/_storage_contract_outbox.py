@@ -9,7 +9,7 @@ import pytest
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ConflictError, NotFound, StaleEndpoints
-from hookwright._models import DeliveryState, EndpointState, Lease, Receipt
+from hookwright._models import Change, DeliveryState, EndpointState, Lease, Receipt, Settled
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.testing._storage_contract_base import LEASE, START, ContractBase, World
 
@@ -216,20 +216,18 @@ class SettleContract(ContractBase):
             seen = []
             for state, counts in ((FAILED, True), (PENDING, True), (FAILED, False), (SUCCEEDED, False)):
                 await world.emit(endpoint)
-                health = (await world.settle(await world.claim_one(), state, retry_in=LEASE, counts=counts)).health
-                assert health is not None
-                seen.append((health.consecutive_failures, health.proven, health.disabled))
+                settled = await world.settle(await world.claim_one(), state, retry_in=LEASE, counts=counts)
+                seen.append((settled.failures, settled.proven, settled.changes))
                 assert sum(row.attempt_count for row in await world.deliveries()) == len(seen)
-                assert (await world.storage.get_endpoint(endpoint)).consecutive_failures == health.consecutive_failures
-            assert seen == [(1, False, False), (2, False, False), (2, False, False), (2, False, False)]
+                assert (await world.storage.get_endpoint(endpoint)).health.consecutive_failures == settled.failures
+            assert seen == [(1, False, ()), (2, False, ()), (2, False, ()), (2, False, ())]
             await world.prove(endpoint)
-            assert (await world.storage.get_endpoint(endpoint)).consecutive_failures == 0
+            assert (await world.storage.get_endpoint(endpoint)).health.consecutive_failures == 0
             await world.emit(endpoint)
             lease = await world.claim_one()
             assert lease.proven
-            health = (await world.settle(lease, FAILED)).health
-            assert health is not None
-            assert (health.consecutive_failures, health.proven) == (1, False)
+            settled = await world.settle(lease, FAILED)
+            assert (settled.failures, settled.proven) == (1, False)
 
     async def test_gone_disables_the_endpoint_at_once_and_leaves_its_rows_to_the_sweep(self) -> None:
         async with self.opened() as world:
@@ -237,8 +235,7 @@ class SettleContract(ContractBase):
             _, waiting = await world.emit(endpoint, endpoint)
             revision = await world.revision()
             settled = await world.settle(await world.claim_one(), FAILED, gone=True)
-            assert settled.health is not None
-            assert settled.health.disabled
+            assert (settled.changes, settled.reason, settled.stopped) == ((Change.DISABLED,), "gone", True)
             row = await world.storage.get_endpoint(endpoint)
             assert (row.state, row.disabled_reason) == (EndpointState.DISABLED, "gone")
             assert row.revision == await world.revision() == revision + 1
@@ -296,7 +293,7 @@ class SettleContract(ContractBase):
         for lease in [*stale, stale[0]._replace(token=""), stale[0]._replace(delivery_id="dlv_unknown")]:
             for state in (SUCCEEDED, FAILED, PENDING):
                 settled = await world.settle(lease, state, gone=True)
-                assert (settled.held, settled.health, settled.next_attempt_at) == (False, None, None)
+                assert settled == Settled(held=False)
             await world.storage.release([lease], hold=LEASE)
             await world.storage.release([lease], sent=True)
         assert await world.snapshot() == before

@@ -19,6 +19,7 @@ CREATE TABLE hookwright_endpoint (
     profile TEXT NOT NULL,
     concurrency INTEGER,
     timeout REAL,
+    rate_limit REAL,
     created_at INTEGER NOT NULL,
     updated_at INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -35,7 +36,9 @@ CREATE TABLE hookwright_event (
     created_at INTEGER NOT NULL,
     idempotency_key TEXT,
     digest BLOB,
-    delivery_count INTEGER NOT NULL
+    delivery_count INTEGER NOT NULL,
+    trace_context TEXT,
+    expunged_at INTEGER
 );
 
 CREATE UNIQUE INDEX hookwright_event_idempotency ON hookwright_event (idempotency_key)
@@ -57,6 +60,7 @@ CREATE TABLE hookwright_delivery (
     interruptions INTEGER NOT NULL DEFAULT 0,
     budget_from INTEGER NOT NULL DEFAULT 0,
     created_at INTEGER NOT NULL,
+    renewed_at INTEGER,
     finished_at INTEGER,
     last_status INTEGER,
     last_error TEXT
@@ -71,6 +75,9 @@ WHERE token IS NOT NULL;
 CREATE INDEX hookwright_delivery_event ON hookwright_delivery (event_id);
 
 CREATE INDEX hookwright_delivery_endpoint ON hookwright_delivery (endpoint_id, id);
+
+CREATE INDEX hookwright_delivery_unsuccessful ON hookwright_delivery (state, id)
+WHERE state IN ('failed', 'cancelled', 'skipped');
 
 CREATE TABLE hookwright_attempt (
     delivery_id TEXT NOT NULL,
@@ -88,6 +95,8 @@ CREATE TABLE hookwright_attempt (
 ) WITHOUT ROWID;
 
 -- One row for each endpoint. due_at: early, never late (see _lanes.py); hold_until: everything that makes it wait.
+-- failures, failing_since, throttles: in a row. rate_interval: microseconds between attempts; rate_at: when the next one
+-- would be due if they were evenly spaced (GCRA).
 CREATE TABLE hookwright_lane (
     endpoint_id TEXT PRIMARY KEY,
     due_at INTEGER NOT NULL,
@@ -95,6 +104,13 @@ CREATE TABLE hookwright_lane (
     earned INTEGER NOT NULL DEFAULT 0,
     cap INTEGER,
     failures INTEGER NOT NULL DEFAULT 0,
+    failing_since INTEGER,
+    throttles INTEGER NOT NULL DEFAULT 0,
+    last_success INTEGER,
+    last_at INTEGER,
+    tested_at INTEGER,
+    rate_interval INTEGER,
+    rate_at INTEGER NOT NULL DEFAULT 0,
     sweep TEXT
 ) WITHOUT ROWID;
 

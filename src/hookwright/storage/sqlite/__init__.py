@@ -6,34 +6,38 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookwright._errors import ConfigurationError
-from hookwright.storage._base import Storage
-from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _schema, _settle
-from hookwright.storage.sqlite._owner import Connected, Database, Owner, closed, convert, transaction
+from hookwright._errors import ConfigurationError, StorageBusy
+from hookwright.storage._base import DEFAULT_HEALTH, Storage
+from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _requeue, _schema, _settle
+from hookwright.storage.sqlite._owner import BUSY_LIMIT, Connected, Database, Owner, closed, convert, transaction
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import TypeVar
 
     from hookwright._clock import Clock
     from hookwright._errors import HookwrightError
     from hookwright._models import (
         Attempt,
+        AttemptRecord,
         Claim,
         Delivery,
+        DeliveryState,
+        Emission,
         EndpointRow,
         EndpointState,
         Event,
+        EventRow,
+        HealthPolicy,
         Lease,
         NewDelivery,
-        NewEvent,
         Outcome,
         Page,
         Receipt,
         Settled,
     )
-    from hookwright.storage._base import Changes, ClaimRequest, DeliveryFilter
+    from hookwright.storage._base import Backlog, Changes, ClaimRequest, DeliveryFilter
 
     T = TypeVar("T")
 
@@ -127,7 +131,7 @@ class SQLiteStorage(Storage):
             await owner.submit(lambda database: _release.free_leases(database, now))
         return True
 
-    async def enqueue(self, event: NewEvent, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """See `Storage.enqueue`."""
         receipt: Receipt = await self._opened().submit_to(
             self._enqueue_all, _enqueue.Emitted(event, deliveries, endpoints_revision)
@@ -137,21 +141,44 @@ class SQLiteStorage(Storage):
     def _enqueue_all(self, database: Database, waiting: list[_enqueue.Emitted]) -> list[Receipt | HookwrightError]:
         return _enqueue.enqueue(database, waiting, self._now())
 
+    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+        """See `Storage.enqueue_many`."""
+        waiting = [_enqueue.Emitted(*emission, endpoints_revision) for emission in emissions]
+        return await self._write(lambda database, now: _enqueue.enqueue_many(database, waiting, now))
+
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`."""
         return await self._write(lambda database, now: _claim.claim(database, request, now))
 
-    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """See `Storage.settle`."""
-        settled: list[Settled] = await self._opened().submit_to(self._settle_all, outcomes)
+        settled: list[Settled] = await self._opened().submit_to(self._settle_all, (outcomes, policy))
         return settled
 
-    def _settle_all(self, database: Database, waiting: list[Sequence[Outcome]]) -> list[list[Settled]]:
+    def _settle_all(
+        self, database: Database, waiting: list[tuple[Sequence[Outcome], HealthPolicy]]
+    ) -> list[list[Settled]]:
         return _settle.settle(database, waiting, self._now())
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
         await self._write(lambda database, now: _release.release(database, leases, sent=sent, hold=hold, now=now))
+
+    async def requeue(self, delivery_ids: Sequence[str], states: Collection[DeliveryState]) -> int:
+        """See `Storage.requeue`."""
+        return await self._write(lambda database, now: _requeue.requeue(database, delivery_ids, states, now))
+
+    async def cancel(self, delivery_ids: Sequence[str]) -> list[str]:
+        """See `Storage.cancel`."""
+        return await self._write(lambda database, now: _requeue.cancel(database, delivery_ids, now))
+
+    async def admit_test(self, endpoint_id: str, interval: int) -> None:
+        """See `Storage.admit_test`."""
+        await self._write(lambda database, now: _requeue.admit_test(database, endpoint_id, interval, now))
+
+    async def record_test(self, emission: Emission, state: DeliveryState, attempt: AttemptRecord) -> None:
+        """See `Storage.record_test`."""
+        await self._write(lambda database, now: _requeue.record_test(database, emission, state, attempt, now))
 
     async def sweep(self) -> bool:
         """See `Storage.sweep`."""
@@ -234,6 +261,25 @@ class SQLiteStorage(Storage):
     async def attempts(self, delivery_id: str) -> list[Attempt]:
         """See `Storage.attempts`."""
         return await self._read(lambda database: _history.attempts(database, delivery_id))
+
+    async def stats(self, endpoint_id: str, since: int) -> list[tuple[int, bool]]:
+        """See `Storage.stats`."""
+        return await self._read(lambda database: _history.stats(database, endpoint_id, since))
+
+    async def backlog(self) -> Backlog:
+        """See `Storage.backlog`."""
+        now = self._now()
+        return await self._read(lambda database: _history.backlog(database, now))
+
+    async def expunge(self, event_id: str) -> list[str]:
+        """See `Storage.expunge`. Raises StorageBusy when other readers keep the WAL from being emptied for 5 s."""
+        cancelled = await self._write(lambda database, now: _requeue.expunge(database, event_id, now))
+        until = asyncio.get_running_loop().time() + BUSY_LIMIT
+        while not await self._opened().call(_schema.empty_wal):
+            if asyncio.get_running_loop().time() > until:
+                raise StorageBusy("expunged, but a reader keeps old pages in the WAL: end its transaction and repeat")
+            await asyncio.sleep(_POLL)
+        return cancelled
 
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hookwright._clock import FOREVER
 from hookwright._ids import new_token
 from hookwright._models import Claim, Lease
-from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage._base import FREE_INTERRUPTIONS, allowed, opens_at
 from hookwright.storage.sqlite._lanes import TURN_BITS, TURNS_END, revision
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from hookwright.storage._base import ClaimRequest
     from hookwright.storage.sqlite._owner import Database
 
@@ -21,11 +19,12 @@ _READY = "max(due_at, hold_until)"
 
 
 def _heads(proven: int, limit: str) -> str:
-    lane = f"SELECT endpoint_id, earned, cap, {_READY} AS ready FROM hookwright_lane WHERE (earned > 0) = {proven}"
+    columns = "endpoint_id, earned, cap, rate_interval, rate_at"
+    lane = f"SELECT {columns}, {_READY} AS ready FROM hookwright_lane WHERE (earned > 0) = {proven}"
     return (
-        f"SELECT endpoint_id, earned, cap, ready AS turn FROM ({lane} AND {_READY} < {TURNS_END}"
+        f"SELECT {columns}, ready AS turn FROM ({lane} AND {_READY} < {TURNS_END}"
         f" ORDER BY {_READY} LIMIT {limit})"
-        f" UNION ALL SELECT endpoint_id, earned, cap, ready >> {TURN_BITS} FROM ({lane}"
+        f" UNION ALL SELECT {columns}, ready >> {TURN_BITS} FROM ({lane}"
         f" AND {_READY} >= {TURNS_END} AND {_READY} <= :now ORDER BY {_READY} LIMIT {limit})"
     )
 
@@ -34,13 +33,23 @@ _LANES = f"{_heads(1, ':limit')} UNION ALL {_heads(0, ':unproven')} ORDER BY tur
 
 _ROWS = """
 SELECT d.id, d.event_id, d.token, d.attempt_count, d.interruptions, d.budget_from, d.created_at, d.scheduled_at,
-       e.type, e.data, e.tenant, e.occurred_at, d.available_at
+       e.type, e.data, e.tenant, e.occurred_at, d.renewed_at, d.available_at
 FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id
 WHERE d.endpoint_id = :endpoint AND d.state = 'pending'
 """
 # Two walks along the queue's index, which no sorting interrupts.
 _ROWS_FOR_NOW = f"{_ROWS} AND d.available_at = 0 ORDER BY d.id LIMIT :limit"
 _ROWS_BY_TIME = f"{_ROWS} AND d.available_at > 0 AND d.available_at <= :now ORDER BY d.available_at, d.id LIMIT :limit"
+
+
+class _Ready(NamedTuple):
+    """A lane that is due and not held."""
+
+    endpoint_id: str
+    earned: int
+    cap: int | None
+    rate_interval: int | None
+    rate_at: int
 
 
 def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
@@ -54,57 +63,72 @@ def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
     while early:
         early = False
         before = len(leases)
-        for endpoint_id, earned, cap in _ready_lanes(database, request, now):
+        for lane in _ready_lanes(database, request, now):
             left = request.limit - len(leases)
             if left <= 0:
                 break
-            held = request.in_flight.get(endpoint_id, ())
-            doubtful = earned == 0 or endpoint_id in request.slow
-            room = min(max(1, earned), cap or request.endpoint_concurrency) - len(held)
-            room -= taken[endpoint_id]
-            room = min(room, left, unproven_left) if doubtful else min(room, left)
-            if room > 0:
-                found = _due_rows(database, request, now, endpoint_id, proven=earned > 0, limit=room, held=held)
-                leases.extend(found)
-                taken[endpoint_id] += len(found)
-                unproven_left -= len(found) * doubtful
-                if not found:
-                    early = _was_early(database, endpoint_id, now) or early
+            doubtful = lane.earned == 0 or lane.endpoint_id in request.slow
+            room = min(_room(lane, request) - taken[lane.endpoint_id], left, unproven_left if doubtful else left)
+            if room <= 0:
+                continue
+            if lane.rate_interval is not None and not allowed(lane.rate_interval, lane.rate_at, now):
+                early = _wait_for_rate(database, lane, 0, now) or early
+                continue
+            found = _due_rows(database, request, now, lane, limit=room)
+            leases.extend(found)
+            taken[lane.endpoint_id] += len(found)
+            unproven_left -= len(found) * doubtful
+            if not found:
+                early = _was_early(database, lane.endpoint_id, now) or early
         _lease(database, leases[before:], now)
     return Claim(leases, _next_due(database, now), revision(database))
 
 
-def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[tuple[str, int, int | None]]:
-    """Return (endpoint, earned, cap) of the lanes that are due and not held, as many as can matter, in turn."""
+def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[_Ready]:
+    """Return the lanes that are due and not held, as many as can matter, in turn."""
     if request.limit <= 0:
         return []
     busy = len(request.in_flight)
     limits = {"now": now, "limit": request.limit + busy, "unproven": min(request.limit, request.unproven_limit) + busy}
-    return [row[:3] for row in database.execute(_LANES, limits).fetchall()]
+    return [_Ready(*row[:5]) for row in database.execute(_LANES, limits).fetchall()]
 
 
-def _due_rows(
-    database: Database,
-    request: ClaimRequest,
-    now: int,
-    endpoint_id: str,
-    *,
-    proven: bool,
-    limit: int,
-    held: Collection[str],
-) -> list[Lease]:
+def _room(lane: _Ready, request: ClaimRequest) -> int:
+    held = request.in_flight.get(lane.endpoint_id, ())
+    return min(max(1, lane.earned), lane.cap or request.endpoint_concurrency) - len(held)
+
+
+def _wait_for_rate(database: Database, lane: _Ready, sent: int, now: int) -> bool:
+    """Count what was sent, and close a lane until its rate limit allows the next attempt; say whether it is closed."""
+    assert lane.rate_interval is not None
+    rate_at = max(lane.rate_at, now) + lane.rate_interval * sent if sent else lane.rate_at
+    opens = opens_at(lane.rate_interval, rate_at)
+    database.execute(
+        "UPDATE hookwright_lane SET rate_at = ?, hold_until = max(hold_until, ?) WHERE endpoint_id = ?",
+        (rate_at, opens, lane.endpoint_id),
+    )
+    return opens > now
+
+
+def _due_rows(database: Database, request: ClaimRequest, now: int, lane: _Ready, *, limit: int) -> list[Lease]:
+    if lane.rate_interval is not None:
+        limit = min(limit, allowed(lane.rate_interval, lane.rate_at, now))
     # A row of ours whose lease has ended may be due again while we still hold it: look past those.
-    wanted = {"endpoint": endpoint_id, "now": now, "limit": limit + len(held)}
+    held = request.in_flight.get(lane.endpoint_id, ())
+    wanted = {"endpoint": lane.endpoint_id, "now": now, "limit": limit + len(held)}
     rows = database.execute(_ROWS_FOR_NOW, wanted).fetchall()
     by_time = database.execute(_ROWS_BY_TIME, wanted).fetchall()
     if by_time:
         rows = sorted(rows + by_time, key=_due_since)
     rows = [row for row in rows if row[0] not in held][:limit]
-    return [_lease_of(database, row, endpoint_id, now + request.lease, proven=proven, now=now) for row in rows]
+    if lane.rate_interval is not None and rows:
+        _wait_for_rate(database, lane, len(rows), now)
+    until, proven = now + request.lease, lane.earned > 0
+    return [_lease_of(database, row, lane.endpoint_id, until, proven=proven, now=now) for row in rows]
 
 
 def _due_since(row: tuple[Any, ...]) -> tuple[int, str]:
-    return (row[12] or row[6], row[0])  # available_at, or created_at when it was due from the beginning
+    return (row[13] or row[6], row[0])  # available_at, or created_at when it was due from the beginning
 
 
 def _lease_of(
@@ -119,7 +143,7 @@ def _lease_of(
             " last_status = NULL WHERE id = ?",
             (attempts, interruptions, delivery_id),
         )
-    event_type, data, tenant, occurred_at = row[8:12]
+    event_type, data, tenant, occurred_at, renewed_at = row[8:13]
     return Lease(
         delivery_id,
         new_token(),
@@ -131,7 +155,8 @@ def _lease_of(
         tenant,
         occurred_at,
         created_at,
-        due_at=scheduled_at or created_at,
+        renewed_at or created_at,
+        due_at=scheduled_at or renewed_at or created_at,
         number=attempts + 1,
         spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
         interruptions=interruptions,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
 from hookwright._errors import ConflictError, NotFound
-from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key, Page
-from hookwright.storage._base import Changes
+from hookwright._models import ALL_TENANTS, EndpointHealth, EndpointRow, EndpointState, Key, Page
+from hookwright.storage._base import Changes, rate_interval
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 from hookwright.storage.sqlite._lanes import bump_revision, revision
 
@@ -34,11 +34,13 @@ _COLUMNS = (
     "profile",
     "concurrency",
     "timeout",
+    "rate_limit",
     "created_at",
     "updated_at",
 )
 _SELECT = (
-    f"SELECT {', '.join('p.' + column for column in _COLUMNS)}, coalesce(l.failures, 0)"
+    f"SELECT {', '.join('p.' + column for column in _COLUMNS)},"
+    " coalesce(l.failures, 0), l.failing_since, l.last_success, l.last_at"
     " FROM hookwright_endpoint AS p LEFT JOIN hookwright_lane AS l ON l.endpoint_id = p.id"
 )
 _SET_BY_APPLICATION = (
@@ -56,6 +58,7 @@ _SET_BY_APPLICATION = (
     "profile",
     "concurrency",
     "timeout",
+    "rate_limit",
     "updated_at",
 )
 
@@ -68,8 +71,14 @@ def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
     names = ", ".join(f":{column}" for column in _COLUMNS)
     database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)
     database.execute(
-        "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap) VALUES (?, ?, ?, ?)",
-        (endpoint.id, FOREVER, 0 if endpoint.state is EndpointState.ACTIVE else FOREVER, endpoint.concurrency),
+        "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap, rate_interval) VALUES (?, ?, ?, ?, ?)",
+        (
+            endpoint.id,
+            FOREVER,
+            0 if endpoint.state is EndpointState.ACTIVE else FOREVER,
+            endpoint.concurrency,
+            rate_interval(endpoint),
+        ),
     )
     return get(database, endpoint.id)
 
@@ -82,7 +91,10 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
     values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
     database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)
-    database.execute("UPDATE hookwright_lane SET cap = :concurrency WHERE endpoint_id = :id", values)
+    database.execute(
+        "UPDATE hookwright_lane SET cap = ?, rate_interval = ? WHERE endpoint_id = ?",
+        (endpoint.concurrency, rate_interval(endpoint), endpoint.id),
+    )
     return get(database, endpoint.id)
 
 
@@ -101,6 +113,11 @@ def set_state(database: Database, endpoint_id: str, state: str, *, reason: str |
         "UPDATE hookwright_lane SET hold_until = ?, sweep = ? WHERE endpoint_id = ?",
         (0 if state == "active" else FOREVER, "skipped" if state == "disabled" else None, endpoint_id),
     )
+    if state == "active":  # a person has looked at it: its failures begin anew
+        database.execute(
+            "UPDATE hookwright_lane SET failures = 0, failing_since = NULL, throttles = 0 WHERE endpoint_id = ?",
+            (endpoint_id,),
+        )
     changed = database.execute(
         "UPDATE hookwright_endpoint SET state = ?1, disabled_reason = ?2, updated_at = ?3, revision = ?4"
         " WHERE id = ?5 AND deleted = 0 AND (state <> ?1 OR disabled_reason IS NOT ?2) RETURNING 1",
@@ -174,6 +191,7 @@ def _to_columns(endpoint: EndpointRow) -> dict[str, Any]:
         "profile": endpoint.profile,
         "concurrency": endpoint.concurrency,
         "timeout": endpoint.timeout,
+        "rate_limit": endpoint.rate_limit,
         "created_at": endpoint.created_at,
         "updated_at": endpoint.updated_at,
     }
@@ -193,6 +211,6 @@ def _to_row(row: tuple[Any, ...]) -> EndpointRow:
             "metadata": json.loads(values["metadata"]),
             "headers": tuple((name, value) for name, value in json.loads(values["headers"])),
             "keys": tuple(Key(*key) for key in json.loads(values["keys"])),
-            "consecutive_failures": row[-1],
+            "health": EndpointHealth(row[-4], row[-3], None if row[-2] is None else bool(row[-2]), row[-1]),
         }
     )

@@ -12,16 +12,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from hookwright._models import NewDelivery, NewEvent
+    from hookwright._models import EventRow, NewDelivery
     from hookwright.storage.sqlite._owner import Database
 
 
 class Emitted(NamedTuple):
     """The arguments of one `Storage.enqueue`."""
 
-    event: NewEvent
+    event: EventRow
     deliveries: Sequence[NewDelivery]
     endpoints_revision: int
+
+
+def enqueue_many(database: Database, waiting: Sequence[Emitted], now: int) -> list[Receipt]:
+    """See `Storage.enqueue_many`. A refusal of one raises, so that nothing of the others stays."""
+    answers = enqueue(database, waiting, now)
+    for answer in answers:
+        if isinstance(answer, HookwrightError):
+            raise answer
+    return [answer for answer in answers if isinstance(answer, Receipt)]
 
 
 def enqueue(database: Database, waiting: Sequence[Emitted], now: int) -> list[Receipt | HookwrightError]:
@@ -60,12 +69,12 @@ def _admit(
     return Receipt(event.id, _count(emitted))
 
 
-def _is_keyed(event: NewEvent) -> bool:
+def _is_keyed(event: EventRow) -> bool:
     """Whether the application may emit it again. Ids of ours are drawn from 2 ** 80: only the unique index looks."""
     return event.digest is not None or event.idempotency_key is not None
 
 
-def _duplicate(database: Database, event: NewEvent) -> Receipt | None:
+def _duplicate(database: Database, event: EventRow) -> Receipt | None:
     # Two look-ups by unique index: an OR would scan.
     select = "SELECT id, digest, delivery_count FROM hookwright_event WHERE "
     found = database.execute(select + "id = ?", (event.id,)).fetchone()
@@ -81,7 +90,7 @@ def _duplicate(database: Database, event: NewEvent) -> Receipt | None:
     return Receipt(found[0], found[2], duplicate=True)
 
 
-_INSERT_EVENT = "INSERT INTO hookwright_event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_EVENT = "INSERT INTO hookwright_event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 
 
 def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
@@ -97,6 +106,7 @@ def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
         event.idempotency_key,
         event.digest,
         _count(emitted),
+        event.trace_context,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hookwright._clock import to_datetime
 from hookwright._errors import NotFound
 from hookwright._models import Attempt, AttemptRecord, Delivery, DeliveryState, Event, Page, to_attempt
-from hookwright.storage._base import SWEEP_ROWS
+from hookwright.storage._base import BACKLOG_COUNTED, STATS_ROWS, SWEEP_ROWS, Backlog
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ _DELIVERY = (
 def get_event(database: Database, event_id: str) -> Event:
     """See `Storage.get_event`."""
     row = database.execute(
-        "SELECT id, type, data, tenant, attributes, occurred_at, created_at, idempotency_key FROM hookwright_event"
-        " WHERE id = ?",
+        "SELECT id, type, data, tenant, attributes, occurred_at, created_at, idempotency_key, trace_context,"
+        " expunged_at FROM hookwright_event WHERE id = ?",
         (event_id,),
     ).fetchone()
     if row is None:
@@ -40,6 +40,8 @@ def get_event(database: Database, event_id: str) -> Event:
         occurred_at=to_datetime(row[5]),
         created_at=to_datetime(row[6]),
         idempotency_key=row[7],
+        trace_context=row[8],
+        expunged_at=None if row[9] is None else to_datetime(row[9]),
     )
 
 
@@ -107,15 +109,47 @@ def prune(database: Database, before: int) -> int:
 
 def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
     parts = {
-        "d.state = ?": where.state and where.state.value,
         "d.endpoint_id = ?": where.endpoint_id,
         "d.event_id = ?": where.event_id,
         "e.type = ?": where.event_type,
         "d.created_at >= ?": where.since,
+        "d.created_at < ?": where.until,
         "e.tenant = ?": where.tenant,
     }
+    if len(where.states) == 1:  # so that the planner can use the index of unsuccessful ones
+        parts[f"d.state = '{where.states[0].value}' AND 1 = ?"] = 1
+    elif where.states:
+        parts["d.state IN (SELECT value FROM json_each(?))"] = json.dumps([state.value for state in where.states])
     used = {part: value for part, value in parts.items() if value is not None}
     return " AND ".join(["1", *used]), list(used.values())
+
+
+def stats(database: Database, endpoint_id: str, since: int) -> list[tuple[int, bool]]:
+    """See `Storage.stats`."""
+    rows = database.execute(
+        "SELECT a.duration, a.status BETWEEN 200 AND 299 FROM hookwright_delivery AS d"
+        " JOIN hookwright_attempt AS a ON a.delivery_id = d.id"
+        " WHERE d.endpoint_id = ? AND a.started_at >= ? ORDER BY d.id DESC LIMIT ?",
+        (endpoint_id, since, STATS_ROWS),
+    ).fetchall()
+    return [(duration, bool(succeeded)) for duration, succeeded in rows]
+
+
+def backlog(database: Database, now: int) -> Backlog:
+    """See `Storage.backlog`."""
+    counted = "SELECT count(*) FROM (SELECT 1 FROM hookwright_delivery WHERE {} LIMIT {})"
+    pending = database.execute(counted.format("state = 'pending'", BACKLOG_COUNTED)).fetchone()[0]
+    leased = database.execute(counted.format("token IS NOT NULL", BACKLOG_COUNTED)).fetchone()[0]
+    # The oldest row of each lane that is open now: rows for now come first in the queue's index, in their order.
+    oldest = database.execute(
+        "SELECT min((SELECT min(coalesce(renewed_at, created_at)) FROM (SELECT renewed_at, created_at FROM"
+        " hookwright_delivery AS d WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at = 0"
+        " ORDER BY d.id LIMIT 1))), min((SELECT min(available_at) FROM hookwright_delivery AS d WHERE"
+        " d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.token IS NULL"
+        " AND d.available_at <= ?1)) FROM hookwright_lane AS l WHERE l.hold_until <= ?1 AND l.due_at <= ?1",
+        (now,),
+    ).fetchone()
+    return Backlog(pending, leased, min((time for time in oldest if time is not None), default=None))
 
 
 def _to_record(row: tuple[Any, ...]) -> AttemptRecord:

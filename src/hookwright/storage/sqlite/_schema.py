@@ -49,6 +49,12 @@ def data_version(database: Database) -> int:
     return int(database.execute("PRAGMA data_version").fetchone()[0])
 
 
+def empty_wal(database: Database) -> bool:
+    """Move everything into the database file and truncate the WAL; say whether no reader was in the way."""
+    busy, _, _ = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not busy
+
+
 def wal_stamp(path: Path) -> tuple[int, int] | None:
     """Return what changes with every commit, whoever's it is; None: there is no WAL yet."""
     try:

@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookwright._models import DeliveryState, EndpointHealth, Settled
+from hookwright._models import Change, DeliveryState, Settled, cool_down
 from hookwright.storage.sqlite._endpoints import set_state
-from hookwright.storage.sqlite._lanes import make_due
+from hookwright.storage.sqlite._enqueue import Emitted, enqueue
+from hookwright.storage.sqlite._lanes import make_due, revision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hookwright._models import AttemptRecord, Outcome
+    from hookwright._models import AttemptRecord, HealthPolicy, Outcome
     from hookwright.storage.sqlite._owner import Database
 
 MOST_EARNED = 1024
 """Where the doubling of earned room ends; the cap ends it earlier."""
 
 
-def settle(database: Database, waiting: Sequence[Sequence[Outcome]], now: int) -> list[list[Settled]]:
+def settle(
+    database: Database, waiting: Sequence[tuple[Sequence[Outcome], HealthPolicy]], now: int
+) -> list[list[Settled]]:
     """Answer each as `Storage.settle` says."""
     ended: list[Outcome] = []
-    lanes = _Lanes(database, (outcome.endpoint_id for outcomes in waiting for outcome in outcomes))
-    answers = [[_settle_one(database, outcome, lanes, ended, now) for outcome in outcomes] for outcomes in waiting]
-    database.executemany(_INSERT_ATTEMPT, [_attempt_row(o.delivery_id, o.attempt) for o in ended if o.attempt])
+    lanes = _Lanes(database, (outcome.endpoint_id for outcomes, _ in waiting for outcome in outcomes))
+    answers = [[_settle_one(database, o, lanes, ended, policy, now) for o in outcomes] for outcomes, policy in waiting]
+    database.executemany(INSERT_ATTEMPT, [attempt_row(o.delivery_id, o.attempt) for o in ended if o.attempt])
     lanes.write(database)
     make_due(database, ((o.endpoint_id, now + o.retry_in) for o in ended if not o.state.final), now)
+    outcomes = (outcome for outcomes, _ in waiting for outcome in outcomes)
+    _tell(database, zip(outcomes, (settled for answer in answers for settled in answer), strict=True), now)
     return answers
 
 
@@ -42,7 +47,9 @@ _END_WITH_ATTEMPT = (
 )
 
 
-def _settle_one(database: Database, outcome: Outcome, lanes: _Lanes, ended: list[Outcome], now: int) -> Settled:
+def _settle_one(
+    database: Database, outcome: Outcome, lanes: _Lanes, ended: list[Outcome], policy: HealthPolicy, now: int
+) -> Settled:
     retry_at, finished_at = (None, now) if outcome.state.final else (now + outcome.retry_in, None)
     written = (outcome.state.value, retry_at, finished_at, outcome.delivery_id, outcome.token)
     attempt = outcome.attempt
@@ -53,16 +60,17 @@ def _settle_one(database: Database, outcome: Outcome, lanes: _Lanes, ended: list
     if not held:
         return Settled(held=False)
     ended.append(outcome)
-    return Settled(True, lanes.update(database, outcome, now), retry_at)
+    return lanes.update(database, outcome, policy, now)._replace(next_attempt_at=retry_at)
 
 
-_INSERT_ATTEMPT = (
+INSERT_ATTEMPT = (
     "INSERT INTO hookwright_attempt SELECT ?1, attempt_count, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10"
     " FROM hookwright_delivery WHERE id = ?1"
 )
 
 
-def _attempt_row(delivery_id: str, attempt: AttemptRecord) -> tuple[Any, ...]:
+def attempt_row(delivery_id: str, attempt: AttemptRecord) -> tuple[Any, ...]:
+    """Return the columns of an attempt, without its number."""
     return (
         delivery_id,
         attempt.started_at,
@@ -77,48 +85,123 @@ def _attempt_row(delivery_id: str, attempt: AttemptRecord) -> tuple[Any, ...]:
     )
 
 
+class _Lane:
+    """What one endpoint's lane says about its health."""
+
+    __slots__ = ("earned", "failing_since", "failures", "hold", "last_at", "last_success", "stopped", "throttles")
+
+    def __init__(self, row: tuple[Any, ...]) -> None:
+        self.failures, self.earned, self.failing_since, self.throttles = row[1:5]
+        self.last_success, self.last_at = row[5:7]
+        self.stopped = row[7] is not None
+        self.hold = 0
+
+    @property
+    def health(self) -> tuple[Any, ...]:
+        """The columns that every outcome may change."""
+        return (self.failures, self.failing_since, self.throttles, self.last_success, self.last_at)
+
+
 class _Lanes:
-    """The health of the endpoints that the outcomes are about: read once, written once where it changed."""
+    """The lanes that the outcomes are about: read once, written once."""
 
     def __init__(self, database: Database, endpoint_ids: Iterable[str]) -> None:
         rows = database.execute(
-            "SELECT endpoint_id, failures, earned, sweep FROM hookwright_lane"
-            " WHERE endpoint_id IN (SELECT value FROM json_each(?))",
+            "SELECT endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep"
+            " FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?))",
             (json.dumps(list(set(endpoint_ids))),),
         ).fetchall()
-        self._health: dict[str, tuple[int, int]] = {row[0]: (row[1], row[2]) for row in rows}
-        self._stopped = {row[0] for row in rows if row[3] is not None}
-        self._changed: set[str] = set()
+        self._lanes = {row[0]: _Lane(row) for row in rows}
+        self._earned = {row[0]: row[2] for row in rows}
+        self._touched: set[str] = set()
 
-    def update(self, database: Database, outcome: Outcome, now: int) -> EndpointHealth | None:
-        """Count one outcome; None: the endpoint is deleted and swept."""
-        endpoint_id = outcome.endpoint_id
-        before = self._health.get(endpoint_id)
-        if before is None:
-            return None
-        failures, earned = before
-        if outcome.counts and outcome.state is DeliveryState.SUCCEEDED:
-            failures, earned = 0, min(MOST_EARNED, max(2, earned * 2))
-        elif outcome.counts:
-            failures, earned = failures + 1, 0
-        if (failures, earned) != before:
-            self._health[endpoint_id] = (failures, earned)
-            self._changed.add(endpoint_id)
-        disabled = outcome.gone and _disable_gone(database, endpoint_id, now)
-        if disabled:
-            self._stopped.add(endpoint_id)
-        return EndpointHealth(failures, earned > 0, disabled, endpoint_id in self._stopped)
+    def update(self, database: Database, outcome: Outcome, policy: HealthPolicy, now: int) -> Settled:
+        """Count one outcome."""
+        lane = self._lanes.get(outcome.endpoint_id)
+        if lane is None:  # the endpoint is deleted and swept
+            return Settled(held=True)
+        self._touched.add(outcome.endpoint_id)
+        succeeded = outcome.state is DeliveryState.SUCCEEDED
+        changes: list[Change] = []
+        if outcome.counts:
+            lane.last_success, lane.last_at = succeeded, now
+            if succeeded:
+                if lane.failures >= policy.failing_at:
+                    changes.append(Change.RECOVERED)
+                lane.failures, lane.failing_since, lane.earned = 0, None, min(MOST_EARNED, max(2, lane.earned * 2))
+            else:
+                lane.failures, lane.failing_since, lane.earned = lane.failures + 1, lane.failing_since or now, 0
+                if lane.failures == policy.failing_at:
+                    changes.append(Change.FAILING)
+            lane.throttles = lane.throttles + 1 if outcome.throttled else 0
+        if outcome.hold or outcome.throttled:
+            pause = cool_down(lane.throttles, outcome.throttled) if outcome.throttled else 0
+            lane.hold = max(lane.hold, now + max(outcome.hold, pause))
+        reason = _reason_to_disable(lane, outcome, policy, now)
+        if reason is not None and _disable(database, outcome.endpoint_id, reason, now):
+            changes.append(Change.DISABLED)
+            lane.stopped = True
+        else:
+            reason = None
+        return Settled(True, None, lane.earned > 0, lane.failures, tuple(changes), reason, lane.stopped)
 
     def write(self, database: Database) -> None:
-        """Write what changed."""
+        """Write what changed; `earned` is in an index, so that only its changes are worth writing."""
+        lanes = [(endpoint_id, self._lanes[endpoint_id]) for endpoint_id in self._touched]
         database.executemany(
-            "UPDATE hookwright_lane SET failures = ?, earned = ? WHERE endpoint_id = ?",
-            [(*self._health[endpoint_id], endpoint_id) for endpoint_id in self._changed],
+            "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?, last_at = ?"
+            " WHERE endpoint_id = ?",
+            [(*lane.health, id) for id, lane in lanes],
+        )
+        database.executemany(
+            "UPDATE hookwright_lane SET earned = ? WHERE endpoint_id = ?",
+            [(lane.earned, id) for id, lane in lanes if lane.earned != self._earned[id]],
+        )
+        database.executemany(
+            "UPDATE hookwright_lane SET hold_until = max(hold_until, ?) WHERE endpoint_id = ?",
+            [(lane.hold, id) for id, lane in lanes if lane.hold],
         )
 
 
-def _disable_gone(database: Database, endpoint_id: str, now: int) -> bool:
-    alive = "SELECT 1 FROM hookwright_endpoint WHERE id = ? AND deleted = 0"
+def _reason_to_disable(lane: _Lane, outcome: Outcome, policy: HealthPolicy, now: int) -> str | None:
+    if outcome.gone:
+        return "gone"
+    if not outcome.counts or policy.disable_after is None or lane.failing_since is None:
+        return None
+    long_enough = now - lane.failing_since >= policy.disable_after
+    return "failing" if long_enough and lane.failures >= policy.disable_failures else None
+
+
+def _disable(database: Database, endpoint_id: str, reason: str, now: int) -> bool:
+    alive = "SELECT 1 FROM hookwright_endpoint WHERE id = ? AND deleted = 0 AND state <> 'disabled'"
     if database.execute(alive, (endpoint_id,)).fetchone() is None:
         return False
-    return set_state(database, endpoint_id, "disabled", reason="gone", now=now)
+    return set_state(database, endpoint_id, "disabled", reason=reason, now=now)
+
+
+def _tell(database: Database, settled: Iterable[tuple[Outcome, Settled]], now: int) -> None:
+    """Store the operational events that came true, for endpoints that are still there."""
+    emissions = [
+        emission
+        for outcome, answer in settled
+        if answer.held and outcome.alerts
+        for name, emission in outcome.alerts
+        if name in answer.changes or (name == "failed" and outcome.state is DeliveryState.FAILED)
+    ]
+    if not emissions:
+        return
+    wanted = json.dumps([delivery.endpoint_id for emission in emissions for delivery in emission.deliveries])
+    alive = {
+        row[0]
+        for row in database.execute(
+            "SELECT endpoint_id FROM hookwright_lane WHERE sweep IS NULL AND endpoint_id IN"
+            " (SELECT value FROM json_each(?))",
+            (wanted,),
+        )
+    }
+    current = revision(database)
+    enqueue(
+        database,
+        [Emitted(event, [d for d in deliveries if d.endpoint_id in alive], current) for event, deliveries in emissions],
+        now,
+    )

@@ -1,0 +1,162 @@
+"""Emit: snapshot the arguments, match, store event and deliveries in one transaction, wake the worker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic_core import to_json
+
+from hookwright._clock import from_datetime
+from hookwright._endpoints import lease_of
+from hookwright._errors import NotFound, StaleEndpoints
+from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
+from hookwright._ids import new_id
+from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt
+from hookwright._observe import EventEmitted
+from hookwright._snapshot import TypedValues, check_aware, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from hookwright._catalogue import Catalogue
+    from hookwright._clock import Clock
+    from hookwright._matching import CachedEndpoint, EndpointCache
+    from hookwright._observe import ObserverHub
+    from hookwright._prepare import Preparer
+    from hookwright._snapshot import NewEvent
+    from hookwright.storage._base import Storage
+
+
+class _Emitting(NamedTuple):
+    """An event on its way into the outbox: what it is matched by, and when it may be sent."""
+
+    event: EventRow
+    attributes: Mapping[str, TypedValues]
+    endpoint_id: str | None
+    available_at: int
+
+
+class Emitter:
+    """Puts events into the outbox."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        cache: EndpointCache,
+        catalogue: Catalogue | None,
+        clock: Clock,
+        observers: ObserverHub,
+        preparer: Preparer,
+        on_stored: Callable[[], None],
+        on_stopped_endpoints: Callable[[], None],
+    ) -> None:
+        self._storage = storage
+        self._cache = cache
+        self._catalogue = catalogue
+        self._clock = clock
+        self._observers = observers
+        self._preparer = preparer
+        self._on_stored = on_stored
+        self._on_stopped_endpoints = on_stopped_endpoints
+
+    async def emit(self, new: NewEvent) -> Receipt:
+        """See `Dispatcher.emit`."""
+        emitting = self._emitting(new)
+        if emitting.endpoint_id is not None:
+            await self._check_serves(emitting.endpoint_id, new.tenant)
+        while True:
+            revision = self._cache.revision
+            event, deliveries = self._match(emitting)
+            try:
+                receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
+            except StaleEndpoints:
+                await self._match_again(revision)
+            else:
+                self._tell_emitted(event, receipt)
+                return receipt
+
+    async def emit_many(self, events: Iterable[NewEvent]) -> Sequence[Receipt]:
+        """See `Dispatcher.emit_many`."""
+        emitting = [self._emitting(event) for event in events]
+        for one in emitting:
+            if one.endpoint_id is not None:
+                await self._check_serves(one.endpoint_id, one.event.tenant)
+        while True:
+            revision = self._cache.revision
+            emissions = [self._match(one) for one in emitting]
+            try:
+                receipts = await self._storage.enqueue_many(emissions, endpoints_revision=revision)
+            except StaleEndpoints:
+                await self._match_again(revision)
+            else:
+                for emission, receipt in zip(emissions, receipts, strict=True):
+                    self._tell_emitted(emission.event, receipt)
+                return receipts
+
+    def _emitting(self, new: NewEvent) -> _Emitting:
+        event, attributes = snapshot(new, catalogue=self._catalogue, clock=self._clock)
+        available_at = 0 if new.deliver_at is None else from_datetime(check_aware("deliver_at", new.deliver_at))
+        return _Emitting(event, attributes, new.endpoint_id, available_at)
+
+    async def _match_again(self, revision: int) -> None:
+        # An endpoint that was created before this emit began is never missed, whichever process created it.
+        if await self._cache.refresh(revision):
+            self._on_stopped_endpoints()
+
+    def _tell_emitted(self, event: EventRow, receipt: Receipt) -> None:
+        if receipt.duplicate:
+            return
+        self._on_stored()
+        if self._observers.wanted:
+            self._observers.report(
+                EventEmitted(event_id=event.id, event_type=event.type, delivery_count=receipt.delivery_count)
+            )
+
+    async def _check_serves(self, endpoint_id: str, tenant: str | None) -> None:
+        endpoint = await self._storage.get_endpoint(endpoint_id)
+        if endpoint.tenant is not ALL_TENANTS and endpoint.tenant != tenant:
+            raise NotFound(f"there is no endpoint {endpoint_id!r}")
+
+    def _match(self, emitting: _Emitting) -> Emission:
+        event = emitting.event
+        if emitting.endpoint_id is None:
+            endpoints = self._cache.match(event.type, event.tenant, emitting.attributes)
+        else:
+            endpoint = self._cache.get(emitting.endpoint_id)
+            endpoints = [endpoint] if endpoint is not None else []
+        return Emission(event, [self._new_delivery(endpoint, emitting.available_at) for endpoint in endpoints])
+
+    def _new_delivery(self, endpoint: CachedEndpoint, available_at: int) -> NewDelivery:
+        return NewDelivery(
+            id=new_id("dlv", self._clock.now()),
+            endpoint_id=endpoint.row.id,
+            available_at=available_at,
+            skipped=endpoint.row.state is EndpointState.DISABLED,
+        )
+
+    def alert(self, type: str, endpoint_id: str, data: dict[str, Any]) -> Emission | None:
+        """Return an operational event about an endpoint, if anybody subscribed to it."""
+        about = self._cache.get(endpoint_id)
+        tenant = about.row.tenant if about is not None and about.row.tenant is not ALL_TENANTS else None
+        wanting = self._cache.match(type, tenant, {})
+        if not wanting:
+            return None
+        now = self._clock.now()
+        event = EventRow(new_id("evt", now), type, to_json(data), self._clock.wall(), tenant)
+        return Emission(event, [self._new_delivery(endpoint, 0) for endpoint in wanting])
+
+    async def explain(self, new: NewEvent) -> Explanation:
+        """See `Dispatcher.explain`."""
+        event, wanted = snapshot(new, catalogue=self._catalogue, clock=self._clock)
+        await self._cache.refresh(self._cache.revision)
+        matches: list[Match] = []
+        mismatches: list[Mismatch] = []
+        for endpoint in self._cache.all():
+            reason = why_not(endpoint, event, wanted)
+            if reason is None:
+                lease = lease_of(event, self._new_delivery(endpoint, 0), self._clock.now())
+                matches.append(match_of(self._preparer, lease, endpoint))
+            else:
+                mismatches.append(Mismatch(endpoint_id=endpoint.row.id, reason=reason))
+        return Explanation(matches=tuple(matches), mismatches=tuple(mismatches))

@@ -1,0 +1,94 @@
+"""Explain: who would get an event, who would not and why, and exactly what would be sent. Nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hookwright._catalogue import candidates
+from hookwright._models import ALL_TENANTS, EndpointState
+from hookwright._prepare import Prepared, Unrenderable, Unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from hookwright._matching import CachedEndpoint
+    from hookwright._models import EventRow, Lease
+    from hookwright._prepare import Preparer
+    from hookwright._snapshot import TypedValues
+
+MASK = "****"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """An endpoint that would get the event, and the request. `problem` says why nothing could be sent, or not now.
+
+    The values of the endpoint's own headers are masked: they are never read back.
+    """
+
+    endpoint_id: str
+    url: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """An endpoint that would not get the event, and why."""
+
+    endpoint_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What `dispatcher.explain` returns."""
+
+    matches: tuple[Match, ...]
+    mismatches: tuple[Mismatch, ...]
+
+
+def why_not(endpoint: CachedEndpoint, event: EventRow, attributes: Mapping[str, TypedValues]) -> str | None:
+    """Return why the endpoint does not want the event; None: it does."""
+    row = endpoint.row
+    if row.tenant is not ALL_TENANTS and row.tenant != event.tenant:
+        return f"tenant: it serves {row.tenant!r}, the event is of {event.tenant!r}"
+    if not set(row.events) & set(candidates(event.type)):
+        return f"events: none of {', '.join(row.events)} matches {event.type}"
+    for key, allowed in endpoint.filters.items():
+        if key not in attributes:
+            return f"filters: the event has no attribute {key!r}"
+        if not allowed & attributes[key]:
+            return f"filters: {key!r} must be one of {', '.join(repr(value) for _, value in sorted(allowed, key=repr))}"
+    return None
+
+
+def masked(headers: Iterable[tuple[str, str]], endpoint: CachedEndpoint) -> tuple[tuple[str, str], ...]:
+    """Return headers without the values that the endpoint's owner gave."""
+    own = {name for name, _ in endpoint.row.headers}
+    return tuple((name, MASK if name in own else value) for name, value in headers)
+
+
+def match_of(preparer: Preparer, lease: Lease, endpoint: CachedEndpoint) -> Match:
+    """Return what would be sent for a lease."""
+    speaking = preparer.find(lease)
+    prepared = speaking if isinstance(speaking, Unusable) else preparer.prepare(lease, *speaking)
+    problem = None
+    if isinstance(prepared, Unusable):
+        problem = prepared.reason
+    elif isinstance(prepared, Unrenderable):
+        problem = f"the body cannot be rendered: {prepared.error}"
+    elif endpoint.row.state is EndpointState.PAUSED:
+        problem = "the endpoint is paused: the delivery waits"
+    elif endpoint.row.state is EndpointState.DISABLED:
+        problem = "the endpoint is disabled: the delivery is recorded as skipped"
+    request = prepared.request if isinstance(prepared, Prepared) else None
+    return Match(
+        endpoint_id=lease.endpoint_id,
+        url=endpoint.row.url,
+        headers=() if request is None else masked(request.headers, endpoint),
+        body=b"" if request is None else request.body,
+        problem=problem,
+    )

@@ -1,0 +1,144 @@
+"""Prepare: what would be sent for a lease, or why nothing can be. Deliveries, tests and explanations all ask here."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from hookwright._clock import SECOND
+from hookwright._envelope import Content
+from hookwright._errors import ValidationFailed
+from hookwright.transport._base import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from hookwright._clock import Clock
+    from hookwright._matching import CachedEndpoint, EndpointCache
+    from hookwright._models import Lease
+    from hookwright._profile import Profile
+
+
+class Speaking(NamedTuple):
+    """Whom a lease speaks to, and how."""
+
+    endpoint: CachedEndpoint
+    profile: Profile
+
+
+class Prepared(NamedTuple):
+    """A request ready to leave, and what judging its outcome needs."""
+
+    request: Request
+    profile: Profile
+    endpoint: CachedEndpoint
+    body_sha256: bytes
+
+
+class Unusable(NamedTuple):
+    """Nothing can be sent to this endpoint by this process; `reason` None: it was deleted, and need not be told."""
+
+    reason: str | None
+
+
+class Unrenderable(NamedTuple):
+    """The envelope raised this kind of error."""
+
+    error: str
+
+
+class Preparer:
+    """Makes requests of leases."""
+
+    def __init__(
+        self,
+        cache: EndpointCache,
+        profiles: Mapping[str, Profile],
+        *,
+        clock: Clock,
+        user_agent: str,
+        endpoint_concurrency: int,
+    ) -> None:
+        self._cache = cache
+        self._profiles = profiles
+        self._clock = clock
+        self._user_agent = user_agent
+        self._endpoint_concurrency = endpoint_concurrency
+
+    def find(self, lease: Lease) -> Speaking | Unusable:
+        """Return the lease's endpoint and profile."""
+        endpoint = self._cache.get(lease.endpoint_id)
+        if endpoint is None:
+            return Unusable(None)
+        profile = self._profiles.get(endpoint.row.profile)
+        if profile is None:
+            return Unusable(f"this process has no profile {endpoint.row.profile!r}")
+        return Speaking(endpoint, profile)
+
+    def prepare(self, lease: Lease, endpoint: CachedEndpoint, profile: Profile) -> Prepared | Unusable | Unrenderable:
+        """Render and sign."""
+        content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
+        try:
+            body = profile.renderer.render(content)
+        except Exception as error:  # noqa: BLE001  # an envelope is the application's code, and must not stop the worker
+            return Unrenderable(type(error).__name__)
+        try:
+            headers = self._headers(lease, endpoint, profile, body)
+        except ValidationFailed as error:
+            return Unusable(str(error))
+        timeouts = profile.timeouts
+        total = endpoint.row.timeout or timeouts.total
+        request = Request(
+            url=endpoint.row.url,
+            headers=headers,
+            body=body,
+            endpoint_id=lease.endpoint_id,
+            revision=endpoint.row.revision,
+            connections=endpoint.row.concurrency or self._endpoint_concurrency,
+            total_timeout=total,
+            connect_timeout=min(total, timeouts.connect),
+            dns_timeout=min(total, timeouts.dns),
+        )
+        return Prepared(request, profile, endpoint, hashlib.sha256(body).digest())
+
+    def signature_names(self, endpoint: CachedEndpoint) -> frozenset[str]:
+        """Return the lower case names of the headers whose values authenticate."""
+        profile = self._profiles.get(endpoint.row.profile)
+        names = (name for signer in (profile.signers if profile else ()) for name in signer.header_names)
+        return frozenset(name.lower() for name in names if not name.lower().endswith(("id", "timestamp")))
+
+    def _headers(
+        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, body: bytes
+    ) -> tuple[tuple[str, str], ...]:
+        # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
+        timestamp = self._clock.wall() // SECOND
+        headers = [
+            ("content-type", getattr(profile.envelope, "content_type", "application/json")),
+            ("user-agent", self._user_agent),
+            *endpoint.row.headers,
+        ]
+        if profile.headers:
+            fields = {
+                "event_id": lease.event_id,
+                "event_type": lease.event_type,
+                "delivery_id": lease.delivery_id,
+                "attempt": lease.number,
+                "timestamp": timestamp,
+            }
+            headers.extend((name, value.format_map(fields)) for name, value in profile.headers.items())
+        headers.extend(self._signatures(lease, endpoint, profile, timestamp, body))
+        return tuple(headers)
+
+    def _signatures(
+        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, timestamp: int, body: bytes
+    ) -> Iterable[tuple[str, str]]:
+        signed: dict[str, str] = {}
+        now = self._clock.now()
+        for signer in profile.signers:
+            secrets = endpoint.signing(signer, now)
+            found = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)
+            for name, value in found.items():
+                before = signed.get(name, value)
+                # Two kinds of Standard Webhooks share their headers; signatures are a list separated by spaces.
+                signed[name] = value if before == value else f"{before} {value}"
+        return signed.items()

@@ -1,0 +1,72 @@
+"""What a Dispatcher is given: checked when it is made, not when it is first needed."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from hookwright._delivery import LEASE_MARGIN
+from hookwright._errors import ConfigurationError
+from hookwright._models import HealthPolicy
+from hookwright.storage._base import Storage
+from hookwright.storage.memory import MemoryStorage
+from hookwright.storage.sqlite import SQLiteStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hookwright._profile import Profile
+
+
+def check_settings(
+    profiles: Mapping[str, Profile],
+    concurrency: int,
+    endpoint_concurrency: int,
+    lease: float,
+    shutdown_timeout: float,
+    retention: timedelta | None,
+) -> None:
+    """Raise ConfigurationError for settings that do not go together."""
+    for name, value in (("concurrency", concurrency), ("endpoint_concurrency", endpoint_concurrency)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name}: must be a whole number of at least 1, not {value!r}")
+    longest = max(profile.timeouts.total for profile in profiles.values())
+    if lease < longest + LEASE_MARGIN:
+        raise ConfigurationError(
+            f"lease: {lease:g} s must be at least the longest total timeout + 5 s: {longest + 5:g} s"
+        )
+    if shutdown_timeout < 0:
+        raise ConfigurationError("shutdown_timeout: must be 0 or more seconds")
+    if retention is not None and retention <= timedelta(0):
+        raise ConfigurationError("retention: must be more than 0, or None to keep everything")
+
+
+def health_policy(disable_after: timedelta | None) -> HealthPolicy:
+    """Return the policy. Raises ConfigurationError."""
+    if disable_after is None:
+        return HealthPolicy(disable_after=None)
+    if not isinstance(disable_after, timedelta) or disable_after <= timedelta(0):
+        raise ConfigurationError("disable_after: must be a timedelta of more than 0, or None to never disable")
+    return HealthPolicy(disable_after=disable_after // timedelta(microseconds=1))
+
+
+def id_prefix(prefix: str) -> str:
+    """Return what ids begin with, without the underscore. Raises ConfigurationError."""
+    if not isinstance(prefix, str) or not re.fullmatch(r"[a-z][a-z0-9]{0,15}_?", prefix):
+        raise ConfigurationError(f"endpoint_id_prefix: {prefix!r} must be up to 16 of a-z and 0-9, such as 'whk_'")
+    return prefix.removesuffix("_")
+
+
+def storage_of(storage: str | Storage) -> Storage:
+    """Return the storage that a text names. Raises ConfigurationError."""
+    if isinstance(storage, Storage):
+        return storage
+    if storage == "memory:":
+        return MemoryStorage()
+    path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
+    if path in ("", storage) or path.startswith(":"):
+        raise ConfigurationError(
+            f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
+        )
+    return SQLiteStorage(path)
