@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from hookwright.testing._storage_contract_cancel import CancellationContract, NeighbourContract
 from hookwright.testing._storage_contract_endpoints import EndpointContract, SweepContract
+from hookwright.testing._storage_contract_hands import (
+    ExpungeContract,
+    HealthContract,
+    ManyContract,
+    MonitoringContract,
+    RateContract,
+    RequeueContract,
+    TestingContract,
+)
 from hookwright.testing._storage_contract_history import HistoryContract, LifeContract
 from hookwright.testing._storage_contract_lanes import NextDueContract, RoomContract, TurnContract
 from hookwright.testing._storage_contract_law import LaneLawContract
@@ -24,6 +33,13 @@ class StorageContract(
     LifeContract,
     CancellationContract,
     NeighbourContract,
+    ManyContract,
+    RequeueContract,
+    ExpungeContract,
+    TestingContract,
+    HealthContract,
+    RateContract,
+    MonitoringContract,
 ):
     """What a storage must do to be one: subclass it in a test module, and say how to make yours.
 
