@@ -20,7 +20,10 @@ _BODY_LIMIT = 1024 * 1024
 
 @dataclass(frozen=True)
 class Received:
-    """One request. `verified` is None when the Inbox knows no secret; `error` says why a signature did not fit."""
+    """One request, from the address `source`.
+
+    `verified` is None when the Inbox knows no secret; `error` says why a signature did not fit.
+    """
 
     method: str
     path: str
@@ -29,6 +32,7 @@ class Received:
     received_at: datetime
     verified: bool | None = None
     error: str | None = None
+    source: str = ""
 
     @property
     def event_id(self) -> str | None:
@@ -151,7 +155,7 @@ class Inbox:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            received = await self._read(head, reader)
+            received = await self._read(head, reader, str(writer.get_extra_info("peername")[0]))
         except (asyncio.LimitOverrunError, ValueError):
             writer.write(_answer((400, {"connection": "close"}, b"not a webhook")))
             await writer.drain()
@@ -169,7 +173,7 @@ class Inbox:
         await writer.drain()
         return True
 
-    async def _read(self, head: bytes, reader: asyncio.StreamReader) -> Received:
+    async def _read(self, head: bytes, reader: asyncio.StreamReader, source: str) -> Received:
         request_line, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
         method, path, _ = request_line.split(" ")
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -178,7 +182,7 @@ class Inbox:
             raise ValueError("a webhook has a Content-Length of at most 1 MiB")
         body = await reader.readexactly(length)
         verified, error = self._verify(body, headers)
-        return Received(method, path, headers, body, datetime.now(UTC), verified, error)
+        return Received(method, path, headers, body, datetime.now(UTC), verified, error, source)
 
     def _verify(self, body: bytes, headers: Mapping[str, str]) -> tuple[bool | None, str | None]:
         error: str | None = None
