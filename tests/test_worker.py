@@ -65,7 +65,7 @@ async def until(condition: Callable[[], object] | Callable[[], Awaitable[object]
                 met = await met
             if met:
                 return
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # not 0: a loop that spins keeps the interpreter's lock from SQLite's thread
 
 
 async def test_an_endpoint_never_has_more_in_flight_than_its_cap(storage_url: str) -> None:
