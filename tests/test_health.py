@@ -44,7 +44,7 @@ async def run(
     clock, transport = VirtualClock(), FakeTransport(script)
     begin = clock.now()
     heard: list[Observation] = []
-    options = {"profiles": OFTEN, "random": Never()} | options
+    options = {"profiles": OFTEN, "random": Never(), **options}
     async with Dispatcher(storage_url, transport=transport, clock=clock, **options) as dispatcher:
         dispatcher.observe(heard.append, EndpointFailing, EndpointRecovered, EndpointDisabled)
         await dispatcher.endpoints.create(URL, events=["*"])
@@ -154,7 +154,7 @@ async def test_operational_events_tell_of_endpoints_and_of_failed_deliveries_but
         for _ in range(3):
             await dispatcher.emit("video.ready")
             await clock.advance(10, settle=dispatcher.drain)
-        told = {}
+        told: dict[str, list[Any]] = {}
         for request in transport.requests:
             if "operator" in request.url:
                 body = json.loads(request.body)

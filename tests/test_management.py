@@ -378,7 +378,7 @@ async def test_explaining_tells_who_gets_an_event_what_is_sent_and_why_others_do
     assert reasons == {
         by_type.id: "events: none of export.ready matches video.ready",
         by_key.id: "filters: the event has no attribute 'index'",
-        by_value.id: "filters: 'size' must be one of 'b', 1",
+        by_value.id: "filters: 'size' must be one of 1, 'b'",
         by_tenant.id: "tenant: it serves 'acme', the event is of None",
     }
     found = {one.endpoint_id: one for one in explanation.matches}
