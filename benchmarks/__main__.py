@@ -6,10 +6,18 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from benchmarks import deliver, emit, idle, imports, isolation
+from benchmarks import deliver, emit, gone, history, idle, imports, isolation
 from benchmarks._harness import save, show
 
-BENCHMARKS = {"emit": emit, "deliver": deliver, "isolation": isolation, "idle": idle, "imports": imports}
+BENCHMARKS = {
+    "emit": emit,
+    "deliver": deliver,
+    "isolation": isolation,
+    "history": history,
+    "gone": gone,
+    "idle": idle,
+    "imports": imports,
+}
 
 
 def main() -> None:
