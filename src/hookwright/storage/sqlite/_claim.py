@@ -34,7 +34,8 @@ _LANES = f"{_heads(1, ':limit')} UNION ALL {_heads(0, ':unproven')} ORDER BY tur
 _ROWS = """
 SELECT d.id, d.event_id, d.token, d.attempt_count, d.interruptions, d.budget_from, d.created_at, d.scheduled_at,
        e.type, e.data, e.tenant, e.occurred_at, d.renewed_at, d.available_at
-FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id
+FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+JOIN hookwright_event AS e ON e.id = d.event_id
 WHERE d.endpoint_id = :endpoint AND d.state = 'pending'
 """
 # Two walks along the queue's index, which no sorting interrupts.
@@ -168,7 +169,8 @@ def _lease_of(
 _MOVE_ON = f"""
 UPDATE hookwright_lane SET due_at = (
     SELECT CASE WHEN first IS NULL THEN {FOREVER} WHEN first > ?2 THEN first ELSE ?3 END FROM (
-        SELECT min(available_at) AS first FROM hookwright_delivery WHERE endpoint_id = ?1 AND state = 'pending'
+        SELECT min(available_at) AS first FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
+        WHERE endpoint_id = ?1 AND state = 'pending'
     )
 ) WHERE endpoint_id = ?1
 """

@@ -143,9 +143,10 @@ def backlog(database: Database, now: int) -> Backlog:
     # The oldest row of each lane that is open now: rows for now come first in the queue's index, in their order.
     oldest = database.execute(
         "SELECT min((SELECT min(coalesce(renewed_at, created_at)) FROM (SELECT renewed_at, created_at FROM"
-        " hookwright_delivery AS d WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at = 0"
-        " ORDER BY d.id LIMIT 1))), min((SELECT min(available_at) FROM hookwright_delivery AS d WHERE"
-        " d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.token IS NULL"
+        " hookwright_delivery AS d INDEXED BY hookwright_delivery_queue WHERE d.endpoint_id = l.endpoint_id"
+        " AND d.state = 'pending' AND d.available_at = 0"
+        " ORDER BY d.id LIMIT 1))), min((SELECT min(available_at) FROM hookwright_delivery AS d"
+        " INDEXED BY hookwright_delivery_queue WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.token IS NULL"
         " AND d.available_at <= ?1)) FROM hookwright_lane AS l WHERE l.hold_until <= ?1 AND l.due_at <= ?1",
         (now,),
     ).fetchone()

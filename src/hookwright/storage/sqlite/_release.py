@@ -55,8 +55,9 @@ def sweep(database: Database, now: int) -> bool:
     ).fetchall():
         left -= database.execute(
             "UPDATE hookwright_delivery SET state = ?, token = NULL, available_at = 0, scheduled_at = NULL,"
-            " finished_at = ? WHERE id IN (SELECT id FROM hookwright_delivery WHERE endpoint_id = ?"
-            " AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?)",
+            " finished_at = ? WHERE id IN (SELECT id FROM hookwright_delivery"
+            # Not the endpoint's own index: that holds what was swept before, and every batch would pass by it.
+            " INDEXED BY hookwright_delivery_queue WHERE endpoint_id = ? AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?)",
             (state, now, endpoint_id, now, left),
         ).rowcount
         if left <= 0:
@@ -67,7 +68,9 @@ def sweep(database: Database, now: int) -> bool:
 
 def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:
     waiting = database.execute(
-        "SELECT 1 FROM hookwright_delivery WHERE endpoint_id = ? AND state = 'pending' LIMIT 1", (endpoint_id,)
+        "SELECT 1 FROM hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE endpoint_id = ?"
+        " AND state = 'pending' LIMIT 1",
+        (endpoint_id,),
     ).fetchone()
     if waiting is None and state == "cancelled":
         database.execute("DELETE FROM hookwright_lane WHERE endpoint_id = ?", (endpoint_id,))
