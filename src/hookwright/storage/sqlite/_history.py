@@ -135,21 +135,27 @@ def stats(database: Database, endpoint_id: str, since: int) -> list[tuple[int, b
     return [(duration, bool(succeeded)) for duration, succeeded in rows]
 
 
+# Of each lane that is open now, the first row for now and the first by time: two steps in the queue's index.
+_OLDEST = """
+SELECT min((
+    SELECT coalesce(d.renewed_at, d.created_at) FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at = 0
+    ORDER BY d.id LIMIT 1
+)), min((
+    SELECT d.available_at FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.available_at <= ?1
+    AND d.token IS NULL
+    ORDER BY d.available_at LIMIT 1
+)) FROM hookwright_lane AS l WHERE l.hold_until <= ?1 AND l.due_at <= ?1
+"""
+
+
 def backlog(database: Database, now: int) -> Backlog:
     """See `Storage.backlog`."""
     counted = "SELECT count(*) FROM (SELECT 1 FROM hookwright_delivery WHERE {} LIMIT {})"
     pending = database.execute(counted.format("state = 'pending'", BACKLOG_COUNTED)).fetchone()[0]
     leased = database.execute(counted.format("token IS NOT NULL", BACKLOG_COUNTED)).fetchone()[0]
-    # The oldest row of each lane that is open now: rows for now come first in the queue's index, in their order.
-    oldest = database.execute(
-        "SELECT min((SELECT min(coalesce(renewed_at, created_at)) FROM (SELECT renewed_at, created_at FROM"
-        " hookwright_delivery AS d INDEXED BY hookwright_delivery_queue WHERE d.endpoint_id = l.endpoint_id"
-        " AND d.state = 'pending' AND d.available_at = 0"
-        " ORDER BY d.id LIMIT 1))), min((SELECT min(available_at) FROM hookwright_delivery AS d"
-        " INDEXED BY hookwright_delivery_queue WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.token IS NULL"
-        " AND d.available_at <= ?1)) FROM hookwright_lane AS l WHERE l.hold_until <= ?1 AND l.due_at <= ?1",
-        (now,),
-    ).fetchone()
+    oldest = database.execute(_OLDEST, (now,)).fetchone()
     return Backlog(pending, leased, min((time for time in oldest if time is not None), default=None))
 
 

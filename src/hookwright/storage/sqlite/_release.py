@@ -47,6 +47,16 @@ def free_leases(database: Database, now: int) -> None:
     database.execute("UPDATE hookwright_lane SET earned = 0 WHERE (earned > 0) = 1")
 
 
+# Not by the endpoint's own index: that holds what was swept before, and every batch would pass by it.
+_SWEEP = """
+UPDATE hookwright_delivery SET state = ?, token = NULL, available_at = 0, scheduled_at = NULL, finished_at = ?
+WHERE id IN (
+    SELECT id FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
+    WHERE endpoint_id = ? AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?
+)
+"""
+
+
 def sweep(database: Database, now: int) -> bool:
     """See `Storage.sweep`."""
     left = SWEEP_ROWS
@@ -54,10 +64,7 @@ def sweep(database: Database, now: int) -> bool:
         "SELECT endpoint_id, sweep FROM hookwright_lane WHERE sweep IS NOT NULL"
     ).fetchall():
         left -= database.execute(
-            "UPDATE hookwright_delivery SET state = ?, token = NULL, available_at = 0, scheduled_at = NULL,"
-            " finished_at = ? WHERE id IN (SELECT id FROM hookwright_delivery"
-            # Not the endpoint's own index: that holds what was swept before, and every batch would pass by it.
-            " INDEXED BY hookwright_delivery_queue WHERE endpoint_id = ? AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?)",
+            _SWEEP,
             (state, now, endpoint_id, now, left),
         ).rowcount
         if left <= 0:
