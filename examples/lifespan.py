@@ -1,6 +1,7 @@
 """A dispatcher in an ASGI lifespan: start it before the first request, close it after the last.
 
-The lifespan below is what FastAPI, Starlette and Litestar take. Run as a script, it plays one start and stop, with a
+The lifespan below is what FastAPI, Starlette and Litestar take. A dispatcher lives once: making it in the lifespan lets
+an application be started again, as a test suite does for every test. Run as a script, it plays two lives, with a
 receiver on this machine.
 """
 
@@ -11,21 +12,38 @@ from contextlib import asynccontextmanager
 from hookwright import Dispatcher, NetworkPolicy
 from hookwright.testing import Inbox
 
-dispatcher = Dispatcher("sqlite:///hooks.db", network=NetworkPolicy.development())
+
+class State:
+    hooks: Dispatcher
+
+
+class App:
+    """Stands for a framework's application."""
+
+    state = State()
 
 
 @asynccontextmanager
-async def lifespan(app: object) -> AsyncIterator[None]:
-    async with dispatcher:
+async def lifespan(app: App) -> AsyncIterator[None]:
+    async with Dispatcher("sqlite:///hooks.db", network=NetworkPolicy.development()) as app.state.hooks:
         yield
 
 
+async def publish(app: App, video_id: str) -> None:
+    """What a route does."""
+    receipt = await app.state.hooks.emit("video.published", {"video_id": video_id})
+    await app.state.hooks.deliveries.wait(receipt.event_id, timeout=5)
+
+
 async def main() -> None:
-    async with Inbox(echo=print) as inbox, lifespan(app=None):
-        endpoint = await dispatcher.endpoints.create(inbox.url, events=["video.*"])
-        inbox.expect(endpoint.secret)
-        receipt = await dispatcher.emit("video.published", {"video_id": "vid_123"})
-        await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+    app = App()
+    async with Inbox(echo=print) as inbox:
+        async with lifespan(app):
+            endpoint = await app.state.hooks.endpoints.create(inbox.url, events=["video.*"])
+            inbox.expect(endpoint.secret)
+            await publish(app, "vid_123")
+        async with lifespan(app):
+            await publish(app, "vid_124")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ LINES = [
     ["_dispatcher"],
     ["receiver"],
 ]
-PUBLIC_NAMES_ONLY = ("testing", "cli", "_demo", "_demo_receivers")
+PUBLIC_NAMES_ONLY = ("testing", "cli", "_demo", "_demo_receivers", "__main__")
 FOREIGN = {
     "httpx2": {"transport.httpx", "transport._pinned"},
     "httpcore2": {"transport.httpx", "transport._pinned"},
@@ -170,3 +170,10 @@ def test_importing_the_package_imports_neither_typer_nor_rich_nor_the_test_kit()
     program = f"import sys, hookwright; print([name for name in {unwanted} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_package_holds_source_and_nothing_else() -> None:
+    files = [path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in files} <= {".py", ".sql"} | {
+        path.suffix for path in files if path.name == "py.typed"
+    }

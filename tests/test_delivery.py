@@ -218,8 +218,13 @@ async def test_a_policy_or_an_envelope_that_raises_fails_that_delivery_only(
             await dispatcher.endpoints.create(URL, events=["good"], profile="policy")
             await dispatcher.emit("good")
             await dispatcher.drain()
-        assert [failed.reason for failed in heard] == ["render_error", "policy_error"]
+        assert [failed.reason for failed in heard] == ["render_error"]
         assert "retry policy" in caplog.text
+        # The standard policy decides in its place: nothing is lost by a defect of a strategy.
+        [waiting] = (await dispatcher.deliveries.list(status="pending")).items
+        assert waiting.next_attempt_at is not None
+        [attempt] = await dispatcher.deliveries.attempts(waiting.id)
+        assert waiting.next_attempt_at - attempt.started_at == timedelta(seconds=5)
 
 
 async def test_a_transport_that_raises_or_hangs_is_a_failed_attempt(storage_url: str) -> None:

@@ -45,6 +45,9 @@ async def test_an_example_in_the_documentation_runs(name: str, tmp_path: Path, m
     if "fastapi" in snippet:
         compile(snippet, name, "exec")  # an application's own framework; the lifespan itself is run in examples/
         return
+    if "asyncio.run(" in snippet:  # a program
+        await asyncio.to_thread(exec, compile(snippet, name, "exec"), {"__name__": "__main__"})
+        return
     code = compile(snippet, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     done = eval(code, {"__name__": "example"})
     if inspect.iscoroutine(done):

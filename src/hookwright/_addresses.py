@@ -136,11 +136,12 @@ class NetworkPolicy:
 
     def _check_scheme(self, scheme: str, field: str) -> None:
         if scheme not in _DEFAULT_PORTS:
-            raise ValidationFailed(field, "must start with https://")
+            raise ValidationFailed(field, "must start with https://, such as https://example.com/webhooks")
         if scheme == "http" and not self.allow_http:
             raise ValidationFailed(
                 field,
-                "must be https: plain http shows every event to the network (NetworkPolicy(allow_http=True) allows it)",
+                "must be https: plain http shows every event to the network (on your own machine:"
+                " NetworkPolicy.development(), elsewhere NetworkPolicy(allow_http=True))",
             )
 
     def _check_host(self, parts: SplitResult, field: str) -> str:

@@ -10,7 +10,7 @@ from hookwright._clock import from_datetime
 from hookwright._endpoints import lease_of
 from hookwright._errors import ConflictError, NotFound, ValidationFailed, WaitTimeout
 from hookwright._explain import MASK, match_of
-from hookwright._models import DeliveryState, EndpointState, EventRow, NewDelivery, Payload, check_limit
+from hookwright._models import DeliveryState, EndpointState, EventRow, NewDelivery, Payload, check_id, check_limit
 from hookwright._snapshot import check_aware
 from hookwright.storage._base import DeliveryFilter
 
@@ -41,7 +41,8 @@ _BATCH = 500
 class Deliveries:
     """The history of deliveries, and what can be done to them. Reached as `dispatcher.deliveries`.
 
-    Works in every process on the storage. By-id verbs take `tenant=` and answer NotFound for another tenant's.
+    Works in every process on the storage. By-id verbs take `tenant=` and answer NotFound for another tenant's. To read,
+    `tenant=None` means every tenant: an application with many customers gives it always.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Deliveries:
     async def get(self, delivery_id: str, *, tenant: str | None = None) -> Delivery:
         """Return a delivery. Raises NotFound."""
         self._check_usable()
-        delivery = await self._storage.get_delivery(delivery_id)
+        delivery = await self._storage.get_delivery(check_id("delivery_id", delivery_id))
         if tenant is not None and (await self._storage.get_event(delivery.event_id)).tenant != tenant:
             raise NotFound(f"there is no delivery {delivery_id!r}")
         return delivery
@@ -247,13 +248,18 @@ class Deliveries:
         await self.get(delivery_id, tenant=tenant)
         return await self._storage.attempts(delivery_id)
 
-    async def wait(self, event_id: str, *, timeout: float | None = None) -> Sequence[Delivery]:
+    async def wait(
+        self, event_id: str, *, timeout: float | None = None, tenant: str | None = None
+    ) -> Sequence[Delivery]:
         """Wait until all deliveries of the event have ended, and return them; at once when it has none.
 
-        Raises WaitTimeout after `timeout` seconds (None: never); the deliveries go on. Raises NotFound.
+        Raises WaitTimeout after `timeout` seconds of the dispatcher's clock (None: never; under a VirtualClock, advance
+        it); the deliveries go on. Raises NotFound.
         """
         self._check_usable()
-        await self._storage.get_event(event_id)
+        event = await self._storage.get_event(check_id("event_id", event_id))
+        if tenant is not None and event.tenant != tenant:
+            raise NotFound(f"there is no event {event_id!r}")
         until = None if timeout is None else self._clock.now() + round(timeout * 1_000_000)
         ended = asyncio.Event()
         self._waiters.setdefault(event_id, set()).add(ended)
@@ -311,6 +317,14 @@ def _filter(
     until: datetime | None,
     tenant: str | None,
 ) -> DeliveryFilter:
+    for name, value in (
+        ("endpoint_id", endpoint_id),
+        ("event_id", event_id),
+        ("event_type", event_type),
+        ("tenant", tenant),
+    ):
+        if value is not None:
+            check_id(name, value)
     return DeliveryFilter(
         states=_states(status),
         endpoint_id=endpoint_id,

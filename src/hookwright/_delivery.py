@@ -22,7 +22,7 @@ from hookwright._observe import (
     LeaseLost,
 )
 from hookwright._prepare import Prepared, Unrenderable, Unusable
-from hookwright._retry import Failed, Gone, Retry, Succeeded, retry_after
+from hookwright._retry import Failed, Gone, Retry, RetryPolicy, Succeeded, retry_after
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.transport._base import Failure, Request, Response
 
@@ -92,6 +92,7 @@ class Deliverer:
         self._random = random
         self._alert = alert
         self._on_ended = on_ended
+        self._standard = RetryPolicy.standard(random=random)
         self._deadlines = Deadlines()
         self._warned: set[tuple[str, str | None]] = set()
         self.lost_leases = 0
@@ -208,9 +209,9 @@ class Deliverer:
         age = self._clock.now() - lease.since
         try:
             return profile.retry.judge(answer, attempt=attempt, age=age, now=self._clock.wall())
-        except Exception:  # a strategy is the application's code, and must not stop the worker
-            _logger.exception("the retry policy of profile %r raised; the delivery is given up", profile)
-            return Failed("policy_error")
+        except Exception:  # a strategy is the application's code: its defects must neither stop us nor lose a delivery
+            _logger.exception("a retry policy raised; the standard one decides instead: %r", profile.retry)
+            return self._standard.judge(answer, attempt=attempt, age=age, now=self._clock.wall())
 
     def _outcome(self, lease: Lease, prepared: Prepared, sent: Sent, verdict: Verdict) -> Outcome:
         state, retry_in = DeliveryState.FAILED, 0

@@ -29,7 +29,7 @@ from hookwright._models import (
 from hookwright._observe import DeliveryCancelled, ObserverHub
 from hookwright._prepare import Preparer
 from hookwright._profile import Profile
-from hookwright._settings import check_settings, health_policy, id_prefix, storage_of
+from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of
 from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
@@ -114,8 +114,8 @@ class Dispatcher:
         random: Random | None = None,
         deliver: bool = True,
     ) -> None:
-        profiles = dict(profiles or {})
-        profiles.setdefault("default", Profile())
+        check_parts(profiles, network, transport, clock)
+        profiles = {"default": Profile(), **(profiles or {})}
         check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
         network = network or NetworkPolicy()
         self._storage = storage_of(storage)
@@ -229,9 +229,10 @@ class Dispatcher:
         """Store an event and one delivery for each endpoint that wants it; return when that is on disk.
 
         `data` is anything JSON can hold, a pydantic model or a dataclass; it is encoded now, at most 256 KiB.
-        `attributes` are what endpoints' `filters` look at, and are not sent. With an `idempotency_key` or your own
-        `event_id`, emitting the same again stores nothing and answers `duplicate=True`. `endpoint_id` sends to that
-        endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt. `trace_context` (a W3C
+        `attributes` are what endpoints' `filters` look at, and are not sent. `tenant` says whose event it is: endpoints
+        of the same tenant get it (None is a tenant of its own), and those of ALL_TENANTS. With an `idempotency_key` or
+        your own `event_id`, emitting the same again stores nothing and answers `duplicate=True`. `endpoint_id` sends to
+        that endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt. `trace_context` (a W3C
         traceparent) is kept with the event. With a catalogue, the type must be declared and the data fit it.
 
         After a cancellation or a crash the event may or may not be stored: repeat with the same key or id.
@@ -290,7 +291,12 @@ class Dispatcher:
     # -- observe ------------------------------------------------------------------------------------------------
 
     def on(self, *kinds: type[Observation]) -> Callable[[ObserverT], ObserverT]:
-        """Decorate an observer of these Observation classes and their subclasses (none: of all). See `observe`."""
+        """Decorate an observer of these Observation classes and their subclasses (none: of all). See `observe`.
+
+        Raises ConfigurationError for `@dispatcher.on` without parentheses.
+        """
+        if any(not isinstance(kind, type) for kind in kinds):
+            raise ConfigurationError("use @dispatcher.on() for all, or @dispatcher.on(DeliveryFailed) for some")
 
         def register(function: ObserverT) -> ObserverT:
             self.observe(function, *kinds)
@@ -390,7 +396,8 @@ class Dispatcher:
     async def drain(self, timeout: float | None = None) -> None:
         """Return when nothing is due now and nothing is in flight; retries due later and held lanes do not count.
 
-        Raises WaitTimeout after `timeout` seconds, or ConfigurationError in a process that does not deliver.
+        Raises WaitTimeout after `timeout` seconds of the dispatcher's clock (one that stands still never ends it), or
+        ConfigurationError in a process that does not deliver.
         """
         self._check_usable()
         if not self._delivering:

@@ -11,7 +11,7 @@ from hookwright._endpoints import lease_of
 from hookwright._errors import NotFound, StaleEndpoints
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
 from hookwright._ids import new_id
-from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt
+from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
 from hookwright._snapshot import TypedValues, check_aware, snapshot
 
@@ -114,9 +114,11 @@ class Emitter:
             )
 
     async def _check_serves(self, endpoint_id: str, tenant: str | None) -> None:
-        endpoint = await self._storage.get_endpoint(endpoint_id)
+        endpoint = await self._storage.get_endpoint(check_id("endpoint_id", endpoint_id))
         if endpoint.tenant is not ALL_TENANTS and endpoint.tenant != tenant:
-            raise NotFound(f"there is no endpoint {endpoint_id!r}")
+            raise NotFound(
+                f"there is no endpoint {endpoint_id!r} for tenant {tenant!r}: emit with the endpoint's tenant"
+            )
 
     def _match(self, emitting: _Emitting) -> Emission:
         event = emitting.event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hookwright._catalogue import check_pattern
@@ -11,14 +12,16 @@ from hookwright._errors import ValidationFailed
 from hookwright._models import ALL_TENANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from hookwright._models import Tenant
 
 
 def patterns(events: Sequence[str]) -> tuple[str, ...]:
     """Return the subscription patterns, each once. Raises ValidationFailed."""
-    if isinstance(events, str) or not events:
+    if isinstance(events, str):
+        raise ValidationFailed("events", f"give a list of patterns, not one text: [{events!r}]")
+    if not isinstance(events, Iterable) or not events:
         raise ValidationFailed("events", "give a list of at least one pattern, such as ['video.*'] or ['*']")
     return tuple(dict.fromkeys(check_pattern(pattern) for pattern in events))
 
@@ -33,6 +36,8 @@ def text(field: str, value: str | None) -> str | None:
 def filters_of(filters: Mapping[str, Sequence[str | int | bool]] | None) -> dict[str, tuple[str | int | bool, ...]]:
     """Return filters with their values as tuples. Raises ValidationFailed."""
     checked: dict[str, tuple[str | int | bool, ...]] = {}
+    if filters is not None and not isinstance(filters, Mapping):
+        raise ValidationFailed("filters", f"must be a mapping, such as {{'index_id': ['idx_1']}}, not {filters!r}")
     for key, values in (filters or {}).items():
         allowed = tuple([values] if isinstance(values, (str, int)) else values)
         if not allowed or not all(isinstance(value, (str, int)) for value in allowed):
@@ -71,6 +76,8 @@ _RESERVED_PREFIXES = ("content-", "proxy-", "webhook-")
 
 def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     """Return custom headers as pairs. Raises ValidationFailed."""
+    if headers is not None and not isinstance(headers, Mapping):
+        raise ValidationFailed("headers", f"must be a mapping from name to value, not {headers!r}")
     for name, value in (headers or {}).items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise ValidationFailed("headers", f"{name!r} is no header name (letters, digits and -)")

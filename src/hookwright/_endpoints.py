@@ -35,6 +35,7 @@ from hookwright._models import (
     Lease,
     NewDelivery,
     Page,
+    check_id,
     check_limit,
     to_attempt,
 )
@@ -85,8 +86,10 @@ UNSET: Final = Unset.UNSET
 class Endpoints:
     """Create, read, change and remove endpoints. Reached as `dispatcher.endpoints`.
 
-    Every change takes effect with the next attempt, in whichever process; existing deliveries keep their endpoint
-    when its events or filters change. By-id verbs take `tenant=`, and answer NotFound when the endpoint is another's.
+    Every change takes effect with the next attempt, in whichever process; existing deliveries keep their endpoint when
+    its events or filters change. By-id verbs take `tenant=`, and answer NotFound when the endpoint is another's. To
+    create, `tenant=None` means that the endpoint serves events without a tenant; to read it means every tenant, so that
+    an application with many customers gives it always.
     """
 
     def __init__(
@@ -307,7 +310,10 @@ class Endpoints:
         return await self._set_state(endpoint_id, EndpointState.ACTIVE, None, tenant)
 
     async def disable(self, endpoint_id: str, *, reason: str | None = None, tenant: str | None = None) -> Endpoint:
-        """Send nothing more: new and waiting deliveries are recorded as skipped. Harmless when repeated."""
+        """Send nothing more: new and waiting deliveries are recorded as skipped. Harmless when repeated.
+
+        Those that wait are marked soon after, in batches.
+        """
         endpoint = await self._set_state(endpoint_id, EndpointState.DISABLED, text("reason", reason), tenant)
         self._observers.report(EndpointDisabled(endpoint_id=endpoint_id, reason=reason))
         return endpoint
@@ -317,7 +323,7 @@ class Endpoints:
         return await self._set_state(endpoint_id, EndpointState.ACTIVE, None, tenant)
 
     async def delete(self, endpoint_id: str, *, tenant: str | None = None) -> None:
-        """Remove it: its waiting deliveries are cancelled, its history stays. Raises NotFound."""
+        """Remove it: its history stays, what waits is cancelled (soon after, in batches). Raises NotFound."""
         await self._row(endpoint_id, tenant)
         await self._storage.delete_endpoint(endpoint_id)
         self._changed()
@@ -332,7 +338,7 @@ class Endpoints:
 
     async def _row(self, endpoint_id: str, tenant: str | None) -> EndpointRow:
         self._check_usable()
-        row = await self._storage.get_endpoint(endpoint_id)
+        row = await self._storage.get_endpoint(check_id("endpoint_id", endpoint_id))
         if tenant is not None and row.tenant != tenant:
             raise NotFound(f"there is no endpoint {endpoint_id!r}")
         return row
@@ -366,7 +372,8 @@ class Endpoints:
             if name.lower() in profile.header_names:
                 raise ValidationFailed("headers", f"{name} is set by the profile {row.profile!r}: leave it out")
         longest = self._lease - _LEASE_MARGIN
-        if row.timeout is not None and not 0 < row.timeout <= longest:
+        is_number = isinstance(row.timeout, (int, float)) and not isinstance(row.timeout, bool)
+        if row.timeout is not None and not (is_number and 0 < row.timeout <= longest):
             raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 5 s")
 
 

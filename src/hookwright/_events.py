@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound
+from hookwright._models import check_id
 from hookwright._snapshot import check_aware
 from hookwright.storage._base import SWEEP_ROWS
 
@@ -30,7 +31,7 @@ class Events:
     async def get(self, event_id: str, *, tenant: str | None = None) -> Event:
         """Return an event with its data, as it was stored. Raises NotFound."""
         self._check_usable()
-        event = await self._storage.get_event(event_id)
+        event = await self._storage.get_event(check_id("event_id", event_id))
         if tenant is not None and event.tenant != tenant:
             raise NotFound(f"there is no event {event_id!r}")
         return event

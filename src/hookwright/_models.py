@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003  # whoever reads the dataclasses' types needs it: pydantic, web frameworks
 from enum import StrEnum
@@ -22,7 +22,9 @@ AttributeValue = str | int | bool | Sequence[str | int | bool]
 
 
 class AllTenants(StrEnum):
-    """The type of `ALL_TENANTS`."""
+    """The type of `ALL_TENANTS`: `endpoints.create(url, tenant=ALL_TENANTS)` receives every tenant's events, and those
+    of none.
+    """
 
     ALL = "*"
 
@@ -164,6 +166,11 @@ class Attempt:
     response_truncated: bool = False
     body_sha256: str | None = None
 
+    @property
+    def response_text(self) -> str:
+        """The response's body as text, whatever the receiver sent: what is no UTF-8 is replaced."""
+        return self.response_body.decode("utf-8", "replace")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointStats:
@@ -213,14 +220,27 @@ class Health:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
-    """A slice of a list, newest first, and the cursor that continues it (None at the end)."""
+    """A slice of a list, newest first, and the cursor that continues it (None at the end). Iterates over its items."""
 
     items: tuple[T, ...]
     next_cursor: str | None = None
 
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
 
 PAGE_LIMIT = 500
 """Items on a page at most."""
+
+
+def check_id(field: str, value: object) -> str:
+    """Return an id or a name, or raise ValidationFailed: an object is easily given in place of its `.id`."""
+    if not isinstance(value, str):
+        raise ValidationFailed(field, f"must be text, such as an `.id`, not {type(value).__name__}")
+    return value
 
 
 def check_limit(limit: int) -> int:

@@ -32,6 +32,8 @@ class Timeouts:
     dns: float = 3.0
 
     def __post_init__(self) -> None:
+        if not all(isinstance(seconds, (int, float)) for seconds in (self.total, self.connect, self.dns)):
+            raise ConfigurationError("Timeouts: total, connect and dns must be numbers of seconds")
         if not (0 < self.connect <= self.total and 0 < self.dns <= self.total):
             raise ConfigurationError("Timeouts: dns and connect must be more than 0 seconds and at most total")
 
@@ -42,8 +44,10 @@ class Profile:
 
     `envelope` renders the body: an Envelope, or a function from Content to bytes. Every one of the `signers` signs
     every attempt; where two set the same header, as the two kinds of Standard Webhooks do, the values are joined with a
-    space. An endpoint's secret must suit all of them. `headers` are sent with each attempt; their values may name
-    `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}` (seconds).
+    space. An endpoint's secret must suit all of them. A profile named `default` in the dispatcher's `profiles` replaces
+    the default one; `endpoints.create(..., profile="patient")` chooses another. `headers` are sent with each attempt;
+    their values may name `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}`
+    (seconds).
 
     Raises ConfigurationError for what cannot work.
 
@@ -57,6 +61,7 @@ class Profile:
         retry=RetryPolicy.schedule(0, 60, 300),
         timeouts=Timeouts(total=30.0),
     )
+    profiles = {"default": Profile(retry=RetryPolicy.schedule(0, 60)), "vendor": vendor}
     ```
     """
 
@@ -69,6 +74,12 @@ class Profile:
     def __post_init__(self) -> None:
         if not hasattr(self.envelope, "render") and not callable(self.envelope):
             raise ConfigurationError(f"Profile: envelope must be an Envelope or a function, not {self.envelope!r}")
+        if not isinstance(self.retry, RetryPolicy):
+            raise ConfigurationError(
+                f"Profile: retry: give RetryPolicy.schedule(0, 60) or the like, not {self.retry!r}"
+            )
+        if not isinstance(self.timeouts, Timeouts):
+            raise ConfigurationError(f"Profile: timeouts: give Timeouts(total=30.0) or the like, not {self.timeouts!r}")
         for name, value in self.headers.items():
             _check_header(name, value)
 

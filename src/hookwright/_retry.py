@@ -97,7 +97,8 @@ class RetryPolicy:
 
     `wait`, `stop` and `retry` are any of tenacity's `wait_*`, `stop_*` and `retry_if_*` strategies. They decide only:
     the time of the next attempt is stored with the delivery and survives restarts. `wait` counts from the end of the
-    attempt; `stop_after_delay` from the time the event was stored. `retry` sees a `DeliveryError` as the exception.
+    attempt; `stop_after_delay` from the time the event was stored. `retry` sees a `DeliveryError` as the exception,
+    whose `status` is None when there was no answer. A strategy that raises is logged, and the standard policy decides.
     No wait exceeds `ceiling` seconds (default one day). A `Retry-After` answer is a floor, up to a day. 2xx succeeds
     and 410 disables the endpoint whatever the strategies say.
 
@@ -139,6 +140,10 @@ class RetryPolicy:
 
         `jitter` adds up to that fraction of a delay (at most 15 min) from the third attempt on; it never subtracts.
         """
+        if any(isinstance(delay, bool) or not isinstance(delay, (int, float)) for delay in delays):
+            raise ConfigurationError(
+                "schedule: give the delays as numbers of seconds: RetryPolicy.schedule(0, 60, 300)"
+            )
         if not delays or any(not delay >= 0 for delay in delays) or not 0 <= jitter <= 1:
             raise ConfigurationError("schedule: give one delay >= 0 for each attempt, and a jitter from 0 to 1")
         wait = _Schedule(delays, jitter, random or random_module.Random())  # noqa: S311  # spreads load, guards nothing

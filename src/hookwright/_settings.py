@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
+from hookwright._addresses import NetworkPolicy
+from hookwright._clock import Clock
 from hookwright._delivery import LEASE_MARGIN
 from hookwright._errors import ConfigurationError
 from hookwright._models import HealthPolicy
+from hookwright._profile import Profile
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import SQLiteStorage
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from hookwright._profile import Profile
+from hookwright.transport._base import Transport
 
 
 def check_settings(
@@ -28,6 +27,11 @@ def check_settings(
     retention: timedelta | None,
 ) -> None:
     """Raise ConfigurationError for settings that do not go together."""
+    for name, profile in profiles.items():
+        if not isinstance(profile, Profile):
+            raise ConfigurationError(f"profiles: {name!r} must be a Profile, not {profile!r}")
+    if retention is not None and not isinstance(retention, timedelta):
+        raise ConfigurationError(f"retention: must be a timedelta, such as timedelta(days=30), not {retention!r}")
     for name, value in (("concurrency", concurrency), ("endpoint_concurrency", endpoint_concurrency)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{name}: must be a whole number of at least 1, not {value!r}")
@@ -56,6 +60,19 @@ def id_prefix(prefix: str) -> str:
     if not isinstance(prefix, str) or not re.fullmatch(r"[a-z][a-z0-9]{0,15}_?", prefix):
         raise ConfigurationError(f"endpoint_id_prefix: {prefix!r} must be up to 16 of a-z and 0-9, such as 'whk_'")
     return prefix.removesuffix("_")
+
+
+def check_parts(profiles: object, network: object, transport: object, clock: object) -> None:
+    """Raise ConfigurationError for parts that are not what they should be; None is the default."""
+    wanted: dict[str, tuple[object, type]] = {
+        "profiles": (profiles, Mapping),
+        "network": (network, NetworkPolicy),
+        "transport": (transport, Transport),
+        "clock": (clock, Clock),
+    }
+    for name, (part, kind) in wanted.items():
+        if part is not None and not isinstance(part, kind):
+            raise ConfigurationError(f"{name}: must be a {kind.__name__}, not {part!r}")
 
 
 def storage_of(storage: str | Storage) -> Storage:

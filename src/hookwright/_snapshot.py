@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from hookwright._ids import new_id
 from hookwright._models import EventRow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
@@ -102,6 +103,8 @@ def _refuse_constant(constant: str) -> None:
 
 def _attributes(attributes: Mapping[str, AttributeValue] | None) -> dict[str, list[Scalar]]:
     listed: dict[str, list[Scalar]] = {}
+    if attributes is not None and not isinstance(attributes, Mapping):
+        raise ValidationFailed("attributes", f"must be a mapping, such as {{'index_id': 'idx_1'}}, not {attributes!r}")
     for key, value in (attributes or {}).items():
         values = [value] if isinstance(value, (str, int)) else value
         if not isinstance(values, (list, tuple, set, frozenset)) or not all(isinstance(v, (str, int)) for v in values):

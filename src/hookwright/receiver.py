@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    Pairs = list[tuple[Any, Any]]
+
 
 class VerificationFailed(Exception):
     """The request is not authentic, or too old: answer 401 and do nothing. The message holds no secret."""
@@ -127,17 +129,20 @@ class Verifier:
         verifier._sources = _networks(sources)  # noqa: SLF001
         return verifier
 
-    def verify(self, body: bytes, headers: Mapping[Any, Any], *, source: str | None = None) -> Verified:
+    def verify(
+        self, body: bytes, headers: Mapping[Any, Any] | Iterable[tuple[Any, Any]], *, source: str | None = None
+    ) -> Verified:
         """Return the webhook, or raise VerificationFailed, whatever the bytes are.
 
-        `body` is the raw body as it came: JSON that was parsed and encoded again has other bytes. Header names may
-        have any case; names and values may be text or bytes. `source` is the peer's address, when `sources` are set.
+        `body` is the raw body as it came: JSON that was parsed and encoded again has other bytes. `headers` are a
+        mapping or pairs; names may have any case, names and values may be text or bytes. `source` is the peer's
+        address, when `sources` are set.
         """
         if not isinstance(body, (bytes, bytearray, memoryview)):
             raise VerificationFailed("the body must be the raw bytes")
         self._check_source(source)
         body = bytes(body)
-        id, seconds = self._scheme.check(body, headers)
+        id, seconds = self._scheme.check(body, _pairs(headers))
         try:
             payload = json.loads(body)
         except (ValueError, RecursionError):
@@ -182,12 +187,12 @@ class _Standard:
         self._prefix = prefix.lower()
         self._age = age
 
-    def check(self, body: bytes, headers: Mapping[Any, Any]) -> tuple[str, int]:
+    def check(self, body: bytes, headers: Pairs) -> tuple[str, int]:
         names = ("id", "timestamp", "signature")
         id, sent, signatures = (_header(headers, self._prefix + name) for name in names)
         timestamp = self._age.check(sent)
         if not self._signed(b"%b.%b.%b" % (id.encode(), sent.encode(), body), signatures):
-            raise VerificationFailed("no signature fits")
+            raise VerificationFailed("no signature fits: it is by another secret, or not of these raw bytes")
         return id, timestamp
 
     def _signed(self, content: bytes, signatures: str) -> bool:
@@ -213,7 +218,7 @@ class _Hex:
         self._algorithm = algorithm
         self._age = age
 
-    def check(self, body: bytes, headers: Mapping[Any, Any]) -> tuple[str, int | None]:
+    def check(self, body: bytes, headers: Pairs) -> tuple[str, int | None]:
         value = _header(headers, self._header)
         timestamp = None
         given = [value.removeprefix(self._prefix)] if value.startswith(self._prefix) else []
@@ -231,12 +236,16 @@ class _Hex:
             for text in given:
                 fits |= hmac.compare_digest(expected, text)
         if not fits:
-            raise VerificationFailed("no signature fits")
+            raise VerificationFailed("no signature fits: it is by another secret, or not of these raw bytes")
         return "", timestamp
 
 
 def _revealed(secret: str | Revealing) -> str:
-    return secret if isinstance(secret, str) else secret.reveal()
+    if isinstance(secret, str):
+        return secret
+    if not hasattr(secret, "reveal"):
+        raise ValueError(f"a secret must be text, or a hookwright.Secret, not {type(secret).__name__}")
+    return secret.reveal()
 
 
 def _symmetric_key(secret: str) -> bytes:
@@ -276,8 +285,15 @@ def _decoded(text: str) -> bytes:
         return b""
 
 
-def _header(headers: Mapping[Any, Any], name: str) -> str:
-    found = [value for key, value in headers.items() if _text(key).lower() == name]
+def _pairs(headers: Any) -> Pairs:
+    try:
+        return [(key, value) for key, value in (headers.items() if hasattr(headers, "items") else headers)]
+    except (TypeError, ValueError):
+        raise VerificationFailed("headers must be a mapping, or pairs of name and value") from None
+
+
+def _header(headers: Pairs, name: str) -> str:
+    found = [value for key, value in headers if _text(key).lower() == name]
     if len(found) != 1 or not _text(found[0]):
         raise VerificationFailed(f"there is no {name} header, or more than one")
     text = _text(found[0])

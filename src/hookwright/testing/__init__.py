@@ -10,12 +10,13 @@ from hookwright.testing._inbox import Inbox, Received
 from hookwright.testing._transport import FakeTransport
 
 if TYPE_CHECKING:
-    from hookwright.testing._storage_contract import StorageContract
+    # Not in __all__: `from hookwright.testing import *` must not need what the contract needs.
+    from hookwright.testing._storage_contract import StorageContract as StorageContract
 
-__all__ = ["FakeTransport", "Inbox", "Received", "StorageContract", "VirtualClock"]
+__all__ = ["FakeTransport", "Inbox", "Received", "VirtualClock"]
 
 _CONTRACT = "hookwright.testing._storage_contract"
-_PARTS = ("base", "cancel", "endpoints", "history", "lanes", "law", "outbox")
+_PARTS = ("base", "cancel", "endpoints", "hands", "history", "lanes", "law", "outbox")
 
 
 def __getattr__(name: str) -> Any:

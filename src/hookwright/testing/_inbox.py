@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
+from hookwright._clock import SECOND, Clock
 from hookwright.receiver import Revealing, VerificationFailed, Verifier
 
 if TYPE_CHECKING:
@@ -51,8 +53,9 @@ Responder = Reply | Callable[[Received], "Reply | Awaitable[Reply]"]
 class Inbox:
     """Receives webhooks over HTTP on 127.0.0.1, keeps them in `received`, and verifies them when it knows a secret.
 
-    It answers `status`, or what `respond_with` says. `echo=print` shows every webhook as it comes, with control
-    characters escaped. Bodies over 1 MiB and anything that is not HTTP/1.1 with a Content-Length are answered 400.
+    It answers `status`, or what `respond_with` says. Give it the `clock` of a dispatcher that lives in virtual time:
+    the age of signatures is judged by it. `echo=print` shows every webhook as it comes, with control characters
+    escaped. Bodies over 1 MiB and anything that is not HTTP/1.1 with a Content-Length are answered 400.
 
     ```python
     from hookwright import Dispatcher, NetworkPolicy
@@ -73,7 +76,9 @@ class Inbox:
         status: int = 200,
         port: int = 0,
         echo: Callable[[str], object] | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        self._now = time.time if clock is None else (lambda: clock.wall() / SECOND)
         self._verifiers: list[Verifier] = []
         for secret in secrets:
             self.expect(secret)
@@ -101,7 +106,7 @@ class Inbox:
         """
         if secret is None:
             raise ValueError("this endpoint carries no secret: take the one that endpoints.create returned")
-        self._verifiers.append(secret if isinstance(secret, Verifier) else Verifier(secret))
+        self._verifiers.append(secret if isinstance(secret, Verifier) else Verifier(secret, now=self._now))
 
     def respond_with(self, *responders: Responder) -> None:
         """Answer so: one for each request from now on, the last one for all that follow.

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
+from urllib.parse import urlsplit, urlunsplit
 
 from hookwright.transport._base import Failure, Request, Response
 
@@ -41,7 +42,7 @@ class FakeTransport:
 
     def respond(self, url: str, script: Script) -> None:
         """Answer requests to `url` by this script."""
-        self._scripts[url] = _Play(script)
+        self._scripts[_canonical(url)] = _Play(script)
 
     async def hang(self, request: Request) -> Answer:
         """Wait for `release`, then answer 200: `FakeTransport(fake.hang)` or `fake.respond(url, fake.hang)`."""
@@ -64,6 +65,12 @@ class FakeTransport:
     async def aclose(self) -> None:
         """Remember that it was closed."""
         self.closed = True
+
+
+def _canonical(url: str) -> str:
+    """Return the url as endpoints keep it: a scheme and a host in lower case, and a path."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme.lower(), parts.netloc.lower(), parts.path or "/", parts.query, ""))
 
 
 class _Play:

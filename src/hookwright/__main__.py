@@ -1,0 +1,5 @@
+"""`python -m hookwright`: the command line."""
+
+from hookwright.cli import main
+
+main()
