@@ -31,7 +31,16 @@ async def _delays(path: Path, hanging: int, total: int, waiting: int, seconds: f
         ]
         await dispatcher.emit("good")  # everybody healthy has answered once, as in a process that has run for a while
         await dispatcher.drain()
-        bad = [await dispatcher.endpoints.create(f"{there.hanging[0]}{n}", events=[f"bad.{n}"]) for n in range(hanging)]
+        # Those that will hang have answered too, until a moment ago: nothing tells them apart but what happens now.
+        bad = [
+            await dispatcher.endpoints.create(f"{there.answering[0]}{n}", events=["bad", f"bad.{n}"])
+            for n in range(hanging)
+        ]
+        for _ in range(3 if bad else 0):
+            await dispatcher.emit("bad")
+            await dispatcher.drain()
+        for n, endpoint in enumerate(bad):
+            await dispatcher.endpoints.update(endpoint.id, url=f"{there.hanging[0]}{n}")
         each = waiting // hanging if hanging else 0
         for n in range(hanging):
             await asyncio.gather(*(dispatcher.emit(f"bad.{n}", i) for i in range(each)))

@@ -35,6 +35,7 @@ LINES = [
     ["storage.sqlite._requeue"],
     ["storage.sqlite"],
     ["_prepare", "_endpoint_fields"],
+    ["_blank"],
     ["_delivery"],
     ["_endpoints", "_events", "_explain"],
     ["_deliveries", "_emitter", "_settings"],

@@ -249,7 +249,7 @@ async def test_use_in_a_forked_child_is_refused(monkeypatch: pytest.MonkeyPatch)
         ({"storage": "postgres://x"}, "sqlite:///"),
         ({"concurrency": 0}, "concurrency"),
         ({"endpoint_concurrency": True}, "endpoint_concurrency"),
-        ({"lease": 19.9}, "20 s"),
+        ({"lease": 24.9}, "25 s"),
         ({"shutdown_timeout": -1}, "shutdown_timeout"),
         ({"retention": timedelta(0)}, "retention"),
     ],

@@ -97,8 +97,8 @@ async def test_what_was_given_is_kept_and_the_secret_is_shown_once(dispatcher: D
         ({"profile": "other"}, "profile", "default"),
         ({"concurrency": 0}, "concurrency", "at least 1"),
         ({"concurrency": True}, "concurrency", "at least 1"),
-        ({"timeout": 0}, "timeout", "55"),
-        ({"timeout": 56}, "timeout", "55"),
+        ({"timeout": 0}, "timeout", "50"),
+        ({"timeout": 50.1}, "timeout", "50"),
     ],
 )
 async def test_what_cannot_work_is_refused_by_name_and_changes_nothing(

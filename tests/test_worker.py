@@ -70,7 +70,7 @@ async def until(condition: Callable[[], object] | Callable[[], Awaitable[object]
 
 async def test_an_endpoint_never_has_more_in_flight_than_its_cap(storage_url: str) -> None:
     gauge = Gauge()
-    async with Dispatcher(storage_url, transport=gauge, concurrency=20, shutdown_timeout=0) as dispatcher:
+    async with Dispatcher(storage_url, transport=gauge, concurrency=24, shutdown_timeout=0) as dispatcher:
         await dispatcher.endpoints.create(URL + "/default", events=["*"])
         await dispatcher.endpoints.create(URL + "/one", events=["*"], concurrency=1)
         await dispatcher.endpoints.create(URL + "/many", events=["*"], concurrency=9)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+from hookwright._blank import blank, blank_text
 from hookwright._catalogue import RESERVED
 from hookwright._clock import SECOND, to_datetime
 from hookwright._deadlines import Deadlines
@@ -43,6 +45,9 @@ _logger = logging.getLogger("hookwright")
 LEASE_MARGIN = 5.0
 """Seconds by which a lease must outlast the attempt's total timeout when its request leaves."""
 
+LEASE_SLACK = 5.0
+"""Seconds that may pass from a claim to a request: the loop may be late, and leases are given back when it is later."""
+
 UNUSABLE_HOLD = 60.0
 """Seconds for which an endpoint waits whose profile, key or signer cannot be used."""
 
@@ -67,6 +72,11 @@ class Sent(NamedTuple):
     duration: int
 
 
+def longest_timeout(lease: float) -> float:
+    """Return the seconds that an attempt may last under a lease of that length."""
+    return lease - LEASE_MARGIN - LEASE_SLACK
+
+
 class Deliverer:
     """Carries leases out. `on_ended` is told the event's id when a delivery ended."""
 
@@ -79,6 +89,7 @@ class Deliverer:
         clock: Clock,
         observers: ObserverHub,
         health: HealthPolicy,
+        lease: float,
         random: Random,
         alert: Callable[[str, str, dict[str, Any]], Emission | None] | None,
         on_ended: Callable[[str], None],
@@ -89,12 +100,13 @@ class Deliverer:
         self._clock = clock
         self._observers = observers
         self._health = health
+        self._lease = lease
         self._random = random
         self._alert = alert
         self._on_ended = on_ended
         self._standard = RetryPolicy.standard(random=random)
         self._deadlines = Deadlines()
-        self._warned: set[tuple[str, str | None]] = set()
+        self._warned: dict[str, str] = {}
         self.lost_leases = 0
 
     async def deliver(self, lease: Lease) -> Settled | None:
@@ -140,6 +152,10 @@ class Deliverer:
         if isinstance(prepared, Unrenderable):
             record = _render_error(self._clock.now(), prepared)
             return self._ended_unsent(lease, DeliveryState.FAILED, record)
+        if isinstance(prepared, Prepared):
+            if prepared.request.total_timeout > longest_timeout(self._lease):
+                return Unusable(f"its timeout of {prepared.request.total_timeout:g} s does not fit the lease")
+            self._warned.pop(lease.endpoint_id, None)
         return prepared
 
     def _poisoned(self, lease: Lease, profile: Profile) -> Outcome | None:
@@ -170,9 +186,8 @@ class Deliverer:
             settled = await self._settle(why)
             self._report(lease, why, Failed("exhausted" if why.attempt is None else "render_error"), settled)
             return settled
-        key = (lease.endpoint_id, why.reason)
-        if why.reason is not None and key not in self._warned:
-            self._warned.add(key)
+        if why.reason is not None and self._warned.get(lease.endpoint_id) != why.reason:
+            self._warned[lease.endpoint_id] = why.reason
             _logger.warning("endpoint %s waits, it cannot be sent to: %s", lease.endpoint_id, why.reason)
         await self._storage.release([lease], hold=round(UNUSABLE_HOLD * SECOND))
         return None
@@ -180,7 +195,7 @@ class Deliverer:
     @property
     def unusable(self) -> Sequence[str]:
         """What was warned of: endpoints that could not be sent to, and why."""
-        return [f"endpoint {endpoint_id}: {reason}" for endpoint_id, reason in self._warned]
+        return [f"endpoint {endpoint_id}: {reason}" for endpoint_id, reason in self._warned.items()]
 
     # -- send ---------------------------------------------------------------------------------------------------
 
@@ -196,6 +211,11 @@ class Deliverer:
             answer = await self._deadlines.keep(self._transport.send(request), request.total_timeout)
         except TimeoutError:
             answer = Failure("timeout", "the transport did not keep to the total timeout")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            answer = Failure("transport_error", "CancelledError")  # something in it was cancelled, and not we
         except Exception as error:  # noqa: BLE001  # a transport may be the application's; a failure is a value
             answer = Failure("transport_error", type(error).__name__)
         return Sent(answer, started_at, self._clock.now() - started_at)
@@ -362,31 +382,8 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
         sent.duration,
         status=answer.status,
         error=None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
-        response_headers=tuple((name, _blank_text(value, prepared)) for name, value in answer.headers),
-        response_body=_blank(answer.body, prepared),
+        response_headers=tuple((name, blank_text(value, prepared)) for name, value in answer.headers),
+        response_body=blank(answer.body, prepared, truncated=answer.truncated),
         response_truncated=answer.truncated,
         body_sha256=prepared.body_sha256,
     )
-
-
-def _blank(body: bytes, prepared: Prepared) -> bytes:
-    """Blank the secrets that a receiver echoes: they must not reach the history."""
-    if body:
-        for value in _secret_values(prepared):
-            body = body.replace(value.encode(), b"[secret]")
-    return body
-
-
-def _blank_text(text: str, prepared: Prepared) -> str:
-    for value in _secret_values(prepared):
-        text = text.replace(value, "[secret]")
-    return text
-
-
-def _secret_values(prepared: Prepared) -> list[str]:
-    values: list[str] = []
-    for secret, _ in prepared.endpoint.secrets:
-        text = secret.reveal()
-        # Also without the prefix: a receiver that echoes its configuration may show only the base64 part.
-        values.extend([text, text.removeprefix("whsec_")])
-    return values + [value for _, value in prepared.endpoint.row.headers]

@@ -69,7 +69,7 @@ class Dispatcher:
     `storage` is `"sqlite:///hooks.db"` (relative), `"sqlite:////var/lib/hooks.db"` (absolute), `"memory:"` (lost with
     the process: for tests), or a Storage. `profiles` name the ways endpoints are spoken to. `network` says where may be
     sent to: by default public addresses over HTTPS only. `concurrency` attempts are in flight at once, of these
-    `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest attempt by 5 s;
+    `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest attempt by 10 s;
     `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None: never) go, unless
     a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never), and at least 20, is
     disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of what happens to
@@ -150,6 +150,7 @@ class Dispatcher:
             clock=self._clock,
             observers=self._observers,
             health=health_policy(disable_after),
+            lease=lease,
             random=random or random_module.Random(),  # noqa: S311  # spreads load, guards nothing
             alert=self._emitter.alert if operational_events else None,
             on_ended=self._note_ended,
@@ -168,10 +169,10 @@ class Dispatcher:
         )
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
-        self._delivering = False
+        self._pid, self._delivering = os.getpid(), False
         self._sweep = asyncio.Event()
         self._services: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._stop_services = asyncio.Event()
 
     def _make_facades(
@@ -366,23 +367,28 @@ class Dispatcher:
     async def aclose(self) -> None:
         """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.
 
-        Harmless when repeated, or when it was never started.
+        Harmless when repeated, or when it was never started. When it is cancelled the closing goes on: call it again to
+        wait for that.
         """
-        if self._state is not _State.RUNNING:
+        if self._closing is None:
+            if self._state is not _State.RUNNING:
+                self._state = _State.CLOSED
+                return
+            self._check_usable()
             self._state = _State.CLOSED
-            return
-        self._check_usable()
-        self._state = _State.CLOSED
-        with anyio.CancelScope(shield=True):
-            if self._delivering:
-                await self._worker.stop(self._shutdown_timeout)
-            self._delivering = False
-            self._stop_services.set()
-            assert self._services is not None
-            await asyncio.wait({self._services})
-            await self._observers.aclose(_OBSERVER_GRACE)
-            await self._transport.aclose()
-            await self._storage.close()
+            self._closing = asyncio.get_running_loop().create_task(self._close(), name="hookwright-closing")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._delivering:
+            await self._worker.stop(self._shutdown_timeout)
+        self._delivering = False
+        self._stop_services.set()
+        assert self._services is not None
+        await asyncio.wait({self._services})
+        await self._observers.aclose(_OBSERVER_GRACE)
+        await self._transport.aclose()
+        await self._storage.close()
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -96,7 +96,7 @@ class Emitter:
 
     def _emitting(self, new: NewEvent) -> _Emitting:
         event, attributes = snapshot(new, catalogue=self._catalogue, clock=self._clock)
-        available_at = 0 if new.deliver_at is None else from_datetime(check_aware("deliver_at", new.deliver_at))
+        available_at = 0 if new.deliver_at is None else max(0, from_datetime(check_aware("deliver_at", new.deliver_at)))
         return _Emitting(event, attributes, new.endpoint_id, available_at)
 
     async def _match_again(self, revision: int) -> None:

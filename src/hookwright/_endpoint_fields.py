@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._catalogue import check_pattern
 from hookwright._errors import ValidationFailed
-from hookwright._models import ALL_TENANTS
+from hookwright._models import ALL_TENANTS, check_text
+from hookwright._profile import is_reserved
+from hookwright._signing import HEADER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,7 @@ def text(field: str, value: str | None) -> str | None:
     """Return a text, or None. Raises ValidationFailed."""
     if value is not None and (not isinstance(value, str) or len(value) > 1000):  # the message says it
         raise ValidationFailed(field, "must be text of at most 1,000 characters")
+    check_text(field, value or "")
     return value
 
 
@@ -54,24 +57,7 @@ def metadata_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValidationFailed("metadata", f"must be a mapping that JSON can hold: {error}") from None
 
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: token
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")  # RFC 9110, 5.5, less obs-text
-_RESERVED_HEADERS = frozenset(
-    [
-        "connection",
-        "cookie",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "accept-encoding",
-    ]
-)
-_RESERVED_PREFIXES = ("content-", "proxy-", "webhook-")
 
 
 def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
@@ -79,19 +65,23 @@ def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]
     if headers is not None and not isinstance(headers, Mapping):
         raise ValidationFailed("headers", f"must be a mapping from name to value, not {headers!r}")
     for name, value in (headers or {}).items():
-        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+        if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
             raise ValidationFailed("headers", f"{name!r} is no header name (letters, digits and -)")
-        if name.lower() in _RESERVED_HEADERS or name.lower().startswith(_RESERVED_PREFIXES):
+        if is_reserved(name):
             raise ValidationFailed("headers", f"{name} is set by hookwright or belongs to the connection: leave it out")
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ValidationFailed("headers", f"the value of {name} must be printable ASCII without line breaks")
+    if len({name.lower() for name in headers or {}}) < len(headers or {}):
+        raise ValidationFailed("headers", "names two that differ in case only: they are the same header")
     return tuple((headers or {}).items())
 
 
 def tenant_of(tenant: Tenant) -> Tenant:
     """Return a tenant. Raises ValidationFailed."""
-    if tenant is None or tenant is ALL_TENANTS or (isinstance(tenant, str) and tenant):
+    if tenant is None or tenant is ALL_TENANTS:
         return tenant
+    if isinstance(tenant, str) and tenant:
+        return check_text("tenant", tenant)
     raise ValidationFailed("tenant", "must be text, None, or ALL_TENANTS")
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from hookwright._clock import SECOND, from_datetime, to_datetime
+from hookwright._delivery import longest_timeout
 from hookwright._endpoint_fields import (
     filters_of,
     headers_of,
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
     from hookwright._observe import ObserverHub
     from hookwright._profile import Profile
     from hookwright.storage._base import Storage
-
-_LEASE_MARGIN = 5.0
-"""Seconds by which a lease must outlast the longest attempt."""
 
 TEST_TYPE = "hookwright.test"
 """The type of the event that `test` sends."""
@@ -371,10 +369,10 @@ class Endpoints:
         for name, _ in row.headers:
             if name.lower() in profile.header_names:
                 raise ValidationFailed("headers", f"{name} is set by the profile {row.profile!r}: leave it out")
-        longest = self._lease - _LEASE_MARGIN
+        longest = longest_timeout(self._lease)
         is_number = isinstance(row.timeout, (int, float)) and not isinstance(row.timeout, bool)
         if row.timeout is not None and not (is_number and 0 < row.timeout <= longest):
-            raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 5 s")
+            raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 10 s")
 
 
 def lease_of(event: EventRow, delivery: NewDelivery, now: int) -> Lease:

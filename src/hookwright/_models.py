@@ -240,6 +240,15 @@ def check_id(field: str, value: object) -> str:
     """Return an id or a name, or raise ValidationFailed: an object is easily given in place of its `.id`."""
     if not isinstance(value, str):
         raise ValidationFailed(field, f"must be text, such as an `.id`, not {type(value).__name__}")
+    return check_text(field, value)
+
+
+def check_text(field: str, value: str) -> str:
+    """Return a text that UTF-8 can hold, or raise ValidationFailed."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValidationFailed(field, "holds half a surrogate pair, which is no text") from None
     return value
 
 

@@ -186,6 +186,11 @@ class Subscription:
                 # Removed only when it is done, so that `flush` waits for the last one too.
                 try:
                     await self._function(self._queue[0])  # type: ignore[misc]  # _is_async says that it is awaitable
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    self._report()  # something that it awaited was cancelled, and not we
                 except Exception:  # noqa: BLE001  # an observer cannot fail a delivery
                     self._report()
                 self._queue.popleft()

@@ -114,9 +114,10 @@ class Preparer:
         timestamp = self._clock.wall() // SECOND
         headers = [
             ("content-type", getattr(profile.envelope, "content_type", "application/json")),
-            ("user-agent", self._user_agent),
             *endpoint.row.headers,
         ]
+        if not any(name.lower() == "user-agent" for name in (*profile.headers, *(name for name, _ in headers))):
+            headers.append(("user-agent", self._user_agent))
         if profile.headers:
             fields = {
                 "event_id": lease.event_id,

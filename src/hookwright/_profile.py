@@ -20,6 +20,29 @@ HEADER_FIELDS = ("event_id", "event_type", "delivery_id", "attempt", "timestamp"
 """What the values of a profile's headers may name."""
 
 
+_RESERVED_HEADERS = frozenset(
+    [
+        "connection",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "accept-encoding",
+    ]
+)
+_RESERVED_PREFIXES = ("content-", "proxy-", "webhook-")
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a header belongs to hookwright or to the connection, so that nobody else may set it."""
+    return name.lower() in _RESERVED_HEADERS or name.lower().startswith(_RESERVED_PREFIXES)
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds: `total` from DNS to the response's last byte, and within it `connect` (TCP and TLS) and `dns`.
@@ -80,8 +103,13 @@ class Profile:
             )
         if not isinstance(self.timeouts, Timeouts):
             raise ConfigurationError(f"Profile: timeouts: give Timeouts(total=30.0) or the like, not {self.timeouts!r}")
+        signed = {name.lower() for signer in self.signers for name in signer.header_names}
         for name, value in self.headers.items():
             _check_header(name, value)
+            if is_reserved(name) or name.lower() in signed:
+                raise ConfigurationError(f"Profile: {name} is set by a signer or the connection: leave it out")
+        if len({name.lower() for name in self.headers}) < len(self.headers):
+            raise ConfigurationError("Profile: headers names two that differ in case only: they are the same header")
 
     @property
     def renderer(self) -> Envelope:

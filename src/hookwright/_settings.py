@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from hookwright._addresses import NetworkPolicy
 from hookwright._clock import Clock
-from hookwright._delivery import LEASE_MARGIN
+from hookwright._delivery import longest_timeout
 from hookwright._errors import ConfigurationError
 from hookwright._models import HealthPolicy
 from hookwright._profile import Profile
@@ -36,9 +36,9 @@ def check_settings(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{name}: must be a whole number of at least 1, not {value!r}")
     longest = max(profile.timeouts.total for profile in profiles.values())
-    if lease < longest + LEASE_MARGIN:
+    if longest > longest_timeout(lease):
         raise ConfigurationError(
-            f"lease: {lease:g} s must be at least the longest total timeout + 5 s: {longest + 5:g} s"
+            f"lease: {lease:g} s must be at least the longest total timeout + 10 s: {longest + 10:g} s"
         )
     if shutdown_timeout < 0:
         raise ConfigurationError("shutdown_timeout: must be 0 or more seconds")

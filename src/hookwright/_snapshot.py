@@ -15,7 +15,7 @@ from hookwright._catalogue import RESERVED, check_type
 from hookwright._clock import from_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import EventRow
+from hookwright._models import EventRow, check_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +63,7 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     listed = _attributes(new.attributes)
     if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
         raise ValidationFailed("tenant", "must be text or None")
+    check_text("tenant", new.tenant or "")
     digest = None
     if new.idempotency_key is not None or new.event_id is not None:
         # It tells a repeated emit from another one under the same key or id. The order of keys counts.
@@ -106,6 +107,8 @@ def _attributes(attributes: Mapping[str, AttributeValue] | None) -> dict[str, li
     if attributes is not None and not isinstance(attributes, Mapping):
         raise ValidationFailed("attributes", f"must be a mapping, such as {{'index_id': 'idx_1'}}, not {attributes!r}")
     for key, value in (attributes or {}).items():
+        if not isinstance(key, str):
+            raise ValidationFailed("attributes", f"the key {key!r} must be text")
         values = [value] if isinstance(value, (str, int)) else value
         if not isinstance(values, (list, tuple, set, frozenset)) or not all(isinstance(v, (str, int)) for v in values):
             raise ValidationFailed("attributes", f"{key!r} must be a str, int or bool, or a list of these")
@@ -125,6 +128,7 @@ def _event_id(event_id: str) -> str:
 def _idempotency_key(key: str | None) -> str | None:
     if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
         raise ValidationFailed("idempotency_key", "must be text of 1 to 256 characters")
+    check_text("idempotency_key", key or "")
     return key
 
 

@@ -1,8 +1,9 @@
 """Claim, fill slots, deliver, wait; and stop without losing anything.
 
 The *half rule*: deliveries to endpoints that have not proven themselves in this process, whose last attempt failed, or
-that have had an attempt in flight for over a second, hold together at most half the slots. So endpoints that hang can
-never take all of them, and nobody waits for a neighbour.
+that have had an attempt in flight for over a second, hold together at most half the slots; and so do, together, all
+attempts beyond the first of each endpoint. So a few endpoints that hang can never take all of them, even those that
+answered until a moment ago, and nobody waits for a neighbour.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class Worker:
         free = self._concurrency - len(self._tasks)
         if free <= 0:
             return _Pass(idle=False, delay=None)
+        claim = None
         try:
             claim = await self._storage.claim(self._request(free))
             await self._refresh_endpoints(claim)
@@ -125,6 +127,7 @@ class Worker:
             self._stopping = True
             return _Pass(idle=False, delay=None)
         except Exception as error:  # noqa: BLE001  # a worker that ends silently is the worst that can happen
+            await self._give_back([] if claim is None else claim.leases, sent=False)
             return self._back_off(error)
         self._failures = 0
         if self._stopping:
@@ -142,9 +145,12 @@ class Worker:
         unproven = sum(
             len(endpoint.started) for id, endpoint in self._endpoints.items() if not endpoint.proven or id in slow
         )
+        further = sum(len(endpoint.started) - 1 for endpoint in self._endpoints.values())
+        half = max(1, self._concurrency // 2)
         return ClaimRequest(
             limit=free,
-            unproven_limit=max(0, max(1, self._concurrency // 2) - unproven),
+            further_limit=max(0, half - further),
+            unproven_limit=max(0, half - unproven),
             lease=self._lease,
             endpoint_concurrency=self._endpoint_concurrency,
             in_flight={id: endpoint.started.keys() for id, endpoint in self._endpoints.items()},
@@ -195,8 +201,8 @@ class Worker:
         else:
             if settled is not None and settled.proven is not None:
                 endpoint.proven = settled.proven
-                if settled.stopped:
-                    self._on_stopped_endpoints()
+            if settled is None or settled.stopped:  # what was given back may belong to an endpoint that is gone
+                self._on_stopped_endpoints()
         finally:
             self._free_slot(lease, endpoint)
 
@@ -234,6 +240,8 @@ class Worker:
         _resolve(self._drainers)
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
+        if not leases:
+            return
         try:
             await self._storage.release(leases, sent=sent)
         except StorageError as error:

@@ -70,7 +70,9 @@ class ClaimRequest(NamedTuple):
 
     `limit` rows at most; of these at most `unproven_limit` from endpoints that are not proven or are in `slow`.
     `in_flight` names the rows that this process holds, by endpoint: they are never claimed again and take up their
-    endpoint's room. `endpoint_concurrency` is the room of an endpoint that sets none. `lease` is in microseconds.
+    endpoint's room. Of the rows that are not the only one of their endpoint, in this claim and in flight,
+    `further_limit` at most. `endpoint_concurrency` is the room of an endpoint that sets none. `lease` is in
+    microseconds.
     """
 
     limit: int
@@ -79,6 +81,7 @@ class ClaimRequest(NamedTuple):
     endpoint_concurrency: int
     in_flight: Mapping[str, Collection[str]]
     slow: Collection[str] = ()
+    further_limit: int = 2**31
 
 
 class Changes(NamedTuple):

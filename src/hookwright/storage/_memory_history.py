@@ -82,6 +82,7 @@ class MemoryLane:
     health: EndpointHealth = NO_HEALTH
     throttles: int = 0
     rate_at: int = 0
+    rate_until: int = 0
     tested_at: int | None = None
     sweep: DeliveryState | None = None
     served: int = 0
@@ -182,7 +183,7 @@ class MemoryHistory(Storage):
         due = [
             row.available_at or row.since
             for lane in self._lanes.values()
-            if lane.hold_until <= now
+            if max(lane.hold_until, lane.rate_until) <= now
             for row in lane.rows.values()
             if row.token is None and row.available_at <= now
         ]

@@ -133,7 +133,7 @@ class MemoryStorage(MemoryHistory):
         """See `Storage.claim`."""
         now = self._now()
         leases: list[Lease] = []
-        unproven_left = request.unproven_limit
+        unproven_left, further_left = request.unproven_limit, request.further_limit
         due = [(id, lane) for id, lane in self._lanes.items() if self._first_due(id, lane, request, now)]
         for endpoint_id, lane in sorted(due, key=lambda item: (item[1].served, item[0])):
             doubtful = lane.earned == 0 or endpoint_id in request.slow
@@ -145,17 +145,20 @@ class MemoryStorage(MemoryHistory):
             interval = rate_interval(self._endpoints[endpoint_id])
             if interval is not None:
                 room = min(room, allowed(interval, lane.rate_at, now))
+            first = 0 if held else 1
+            room = min(room, first + further_left)
             found = [row for row in self._due_rows(lane, now) if row.id not in held][: max(0, room)]
+            further_left -= max(0, len(found) - first)
             if found:
                 self._serving += 1
                 lane.served = self._serving
                 unproven_left -= len(found) if doubtful else 0
                 if interval is not None:
                     lane.rate_at = max(lane.rate_at, now) + interval * len(found)
-                    lane.hold_until = max(lane.hold_until, opens_at(interval, lane.rate_at))
+                    lane.rate_until = opens_at(interval, lane.rate_at)
             leases.extend(self._lease(row, lane, request.lease, now) for row in found)
         later = (
-            max(lane.hold_until, min(row.available_at for row in lane.rows.values()))
+            max(lane.hold_until, lane.rate_until, min(row.available_at for row in lane.rows.values()))
             for lane in self._lanes.values()
             if lane.rows
         )
@@ -164,7 +167,9 @@ class MemoryStorage(MemoryHistory):
 
     def _first_due(self, endpoint_id: str, lane: MemoryLane, request: ClaimRequest, now: int) -> bool:
         held = request.in_flight.get(endpoint_id, ())
-        return lane.hold_until <= now and any(row.id not in held for row in self._due_rows(lane, now))
+        return max(lane.hold_until, lane.rate_until) <= now and any(
+            row.id not in held for row in self._due_rows(lane, now)
+        )
 
     def _due_rows(self, lane: MemoryLane, now: int) -> list[MemoryRow]:
         return sorted(
@@ -318,6 +323,8 @@ class MemoryStorage(MemoryHistory):
         stored = await self.get_endpoint(endpoint.id)
         if stored.revision != endpoint.revision:
             raise ConflictError(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
+        if endpoint.rate_limit != stored.rate_limit:
+            self._lanes[endpoint.id].rate_at = self._lanes[endpoint.id].rate_until = 0
         return self._store(
             replace(
                 endpoint,

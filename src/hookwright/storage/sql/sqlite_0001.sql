@@ -96,7 +96,7 @@ CREATE TABLE hookwright_attempt (
 
 -- One row for each endpoint. due_at: early, never late (see _lanes.py); hold_until: everything that makes it wait.
 -- failures, failing_since, throttles: in a row. rate_interval: microseconds between attempts; rate_at: when the next one
--- would be due if they were evenly spaced (GCRA).
+-- would be due if they were evenly spaced (GCRA), rate_until when the lane opens again for that.
 CREATE TABLE hookwright_lane (
     endpoint_id TEXT PRIMARY KEY,
     due_at INTEGER NOT NULL,
@@ -111,9 +111,10 @@ CREATE TABLE hookwright_lane (
     tested_at INTEGER,
     rate_interval INTEGER,
     rate_at INTEGER NOT NULL DEFAULT 0,
+    rate_until INTEGER NOT NULL DEFAULT 0,
     sweep TEXT
 ) WITHOUT ROWID;
 
-CREATE INDEX hookwright_lane_ready ON hookwright_lane (earned > 0, max(due_at, hold_until));
+CREATE INDEX hookwright_lane_ready ON hookwright_lane (earned > 0, max(due_at, hold_until, rate_until));
 
 CREATE INDEX hookwright_lane_sweep ON hookwright_lane (sweep) WHERE sweep IS NOT NULL;

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hookwright._errors import ConfigurationError, StorageBusy
-from hookwright.storage._base import DEFAULT_HEALTH, Storage
+from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.sqlite._owner import BUSY_LIMIT, Connected, Database, Owner, closed, convert, transaction
 
@@ -66,12 +66,15 @@ class SQLiteStorage(Storage):
         self._clock: Clock | None = None
         self._owner: Owner | None = None
         self._reader: Connected | None = None
+        self._file = self._path
         self._lock = _schema.DeliverLock(self._path)
+        self._freed = False
         self._closing = asyncio.Event()
         self._closed: asyncio.Task[None] | None = None
         self._version: int | None = None
         self._stamp: tuple[int, int] | None = None
         self._looks = 0
+        self._pruned = (0, "")
 
     def __repr__(self) -> str:
         return f"SQLiteStorage({str(self._path)!r})"
@@ -90,10 +93,13 @@ class SQLiteStorage(Storage):
         self._closed = None
         self._closing.clear()
         try:
-            _schema.create_file(self._path)
+            # The one real path for file, WAL and lock: the process may change its folder, and the path be a link.
+            self._file = self._path.resolve()
+            _schema.create_file(self._file)
         except OSError as error:
             raise convert(error) from error
-        owner, reader = Owner(self._path), Connected(self._path)
+        self._lock, self._freed = _schema.DeliverLock(self._file), False
+        owner, reader = Owner(self._file), Connected(self._file)
         await owner.open(_schema.prepare_writer)
         try:
             await reader.open(_schema.prepare_reader)
@@ -122,13 +128,13 @@ class SQLiteStorage(Storage):
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""
         owner, now = self._opened(), self._now()
-        held = self._lock.held
         if not await owner.call(lambda _: self._lock.acquire()):
             return False
-        if not held:
+        if not self._freed:
             # What others commit from here on is news; what they committed before, the first claim sees.
             self._version = await owner.call(_schema.data_version)
             await owner.submit(lambda database: _release.free_leases(database, now))
+            self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True
 
     async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
@@ -202,7 +208,7 @@ class SQLiteStorage(Storage):
 
     async def _others_committed(self, owner: Owner) -> bool:
         # A stat costs a hundredth of a question to the writing connection, and shows our own commits as well.
-        stamp, before = _schema.wal_stamp(self._path), self._stamp
+        stamp, before = _schema.wal_stamp(self._file), self._stamp
         self._looks += 1
         if stamp == before and self._looks % _SURE:
             return False
@@ -240,7 +246,8 @@ class SQLiteStorage(Storage):
 
     async def changes(self, since_revision: int) -> Changes:
         """See `Storage.changes`."""
-        return await self._read(lambda database: _endpoints.changes(database, since_revision))
+        # On the writer, where it is quick: behind a long read of the history every emit would wait for it.
+        return await self._write(lambda database, _: _endpoints.changes(database, since_revision))
 
     async def get_event(self, event_id: str) -> Event:
         """See `Storage.get_event`."""
@@ -283,7 +290,11 @@ class SQLiteStorage(Storage):
 
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""
-        return await self._write(lambda database, _: _history.prune(database, before))
+        # Found by reading, which blocks no writer, and looked at again when they are deleted.
+        found = await self._read(lambda database: _history.prunable(database, before, self._pruned))
+        self._pruned = found[-1] if len(found) == SWEEP_ROWS else (0, "")
+        deleted = await self._write(lambda database, _: _history.prune(database, [event_id for _, event_id in found]))
+        return len(found) if deleted else 0
 
     def _opened(self) -> Owner:
         if self._owner is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hookwright.storage._base import ClaimRequest
     from hookwright.storage.sqlite._owner import Database
 
-_READY = "max(due_at, hold_until)"
+_READY = "max(due_at, hold_until, rate_until)"
 
 
 def _heads(proven: int, limit: str) -> str:
@@ -57,7 +57,7 @@ def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
     """See `Storage.claim`."""
     leases: list[Lease] = []
     taken: Counter[str] = Counter()
-    unproven_left = request.unproven_limit
+    unproven_left, further_left = request.unproven_limit, request.further_limit
     # A lane that is early is moved on to its first row's time, and may have hidden one that is due: look again.
     # Each is early at most once for every result that was written, so that this costs what was delivered.
     early = True
@@ -69,7 +69,9 @@ def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
             if left <= 0:
                 break
             doubtful = lane.earned == 0 or lane.endpoint_id in request.slow
+            first = 0 if lane.endpoint_id in request.in_flight or taken[lane.endpoint_id] else 1
             room = min(_room(lane, request) - taken[lane.endpoint_id], left, unproven_left if doubtful else left)
+            room = min(room, first + further_left)
             if room <= 0:
                 continue
             if lane.rate_interval is not None and not allowed(lane.rate_interval, lane.rate_at, now):
@@ -79,6 +81,7 @@ def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
             leases.extend(found)
             taken[lane.endpoint_id] += len(found)
             unproven_left -= len(found) * doubtful
+            further_left -= max(0, len(found) - first)
             if not found:
                 early = _was_early(database, lane.endpoint_id, now) or early
         _lease(database, leases[before:], now)
@@ -105,7 +108,7 @@ def _wait_for_rate(database: Database, lane: _Ready, sent: int, now: int) -> boo
     rate_at = max(lane.rate_at, now) + lane.rate_interval * sent if sent else lane.rate_at
     opens = opens_at(lane.rate_interval, rate_at)
     database.execute(
-        "UPDATE hookwright_lane SET rate_at = ?, hold_until = max(hold_until, ?) WHERE endpoint_id = ?",
+        "UPDATE hookwright_lane SET rate_at = ?, rate_until = ? WHERE endpoint_id = ?",
         (rate_at, opens, lane.endpoint_id),
     )
     return opens > now

@@ -92,7 +92,8 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
     assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
     database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)
     database.execute(
-        "UPDATE hookwright_lane SET cap = ?, rate_interval = ? WHERE endpoint_id = ?",
+        "UPDATE hookwright_lane SET cap = ?1, rate_interval = ?2, rate_at = CASE WHEN rate_interval IS ?2 THEN rate_at"
+        " ELSE 0 END, rate_until = CASE WHEN rate_interval IS ?2 THEN rate_until ELSE 0 END WHERE endpoint_id = ?3",
         (endpoint.concurrency, rate_interval(endpoint), endpoint.id),
     )
     return get(database, endpoint.id)

@@ -85,15 +85,26 @@ def attempts(database: Database, delivery_id: str) -> list[Attempt]:
     return [to_attempt(delivery_id, row[0], _to_record(row)) for row in rows]
 
 
-def prune(database: Database, before: int) -> int:
-    """See `Storage.prune`."""
+def prunable(database: Database, before: int, after: tuple[int, str]) -> list[tuple[int, str]]:
+    """Return (created_at, id) of the next events that may go, in that order."""
+    found: list[tuple[int, str]] = database.execute(
+        "SELECT created_at, id FROM hookwright_event AS e WHERE created_at < ?1 AND (created_at, id) > (?2, ?3)"
+        " AND NOT EXISTS (SELECT 1 FROM hookwright_delivery WHERE event_id = e.id AND state = 'pending')"
+        " ORDER BY created_at, id LIMIT ?4",
+        (before, *after, SWEEP_ROWS),
+    ).fetchall()
+    return found
+
+
+def prune(database: Database, event_ids: list[str]) -> int:
+    """Delete these events, but for those that have a pending delivery by now; say how many."""
     ids = json.dumps(
         [
             row[0]
             for row in database.execute(
-                "SELECT id FROM hookwright_event AS e WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM"
-                " hookwright_delivery WHERE event_id = e.id AND state = 'pending') ORDER BY created_at LIMIT ?",
-                (before, SWEEP_ROWS),
+                "SELECT id FROM hookwright_event AS e WHERE id IN (SELECT value FROM json_each(?)) AND NOT EXISTS"
+                " (SELECT 1 FROM hookwright_delivery WHERE event_id = e.id AND state = 'pending')",
+                (json.dumps(event_ids),),
             )
         ]
     )
@@ -146,7 +157,7 @@ SELECT min((
     WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.available_at <= ?1
     AND d.token IS NULL
     ORDER BY d.available_at LIMIT 1
-)) FROM hookwright_lane AS l WHERE l.hold_until <= ?1 AND l.due_at <= ?1
+)) FROM hookwright_lane AS l WHERE max(l.due_at, l.hold_until, l.rate_until) <= ?1
 """
 
 

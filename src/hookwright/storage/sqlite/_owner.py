@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import sqlite3
 import threading
@@ -226,9 +227,10 @@ def _resolve(future: asyncio.Future[Any], answer: object) -> None:
 
 
 def run_group(database: Database, group: list[_Operation]) -> list[Any]:
-    """Run all in one transaction, each kind together. When one fails that has written, roll back and run each alone.
+    """Run all in one transaction, neighbours of one kind together.
 
-    A refusal that wrote nothing (a duplicate, a stale revision) fails alone and leaves the transaction as it was.
+    When one fails that has written, roll back and run each alone. A refusal that wrote nothing (a duplicate, a stale
+    revision) fails alone and leaves the transaction as it was.
     """
     try:
         return _together(database, group)
@@ -241,15 +243,11 @@ def run_group(database: Database, group: list[_Operation]) -> list[Any]:
 
 
 def _together(database: Database, group: list[_Operation]) -> list[Any]:
-    kinds: dict[Run, list[int]] = {}
-    for position, operation in enumerate(group):
-        kinds.setdefault(operation.run, []).append(position)
-    answers: list[Any] = [None] * len(group)
+    # In the order of their arrival: a result must be written before the lease is given back.
+    answers: list[Any] = []
     with transaction(database):
-        for run, positions in kinds.items():
-            found = run(database, [group[position].argument for position in positions])
-            for position, answer in zip(positions, found, strict=True):
-                answers[position] = answer
+        for run, operations in itertools.groupby(group, key=lambda operation: operation.run):
+            answers.extend(run(database, [operation.argument for operation in operations]))
     return answers
 
 

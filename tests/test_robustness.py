@@ -1,0 +1,327 @@
+"""What a careful reader found: each of these once lost, doubled or held something."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hookwright import (
+    ConfigurationError,
+    DeliverySucceeded,
+    Dispatcher,
+    HexSignature,
+    MemoryStorage,
+    Profile,
+    Response,
+    RetryPolicy,
+    SQLiteStorage,
+    StorageBusy,
+    StorageError,
+    Timeouts,
+    ValidationFailed,
+)
+from hookwright._models import DeliveryState, Outcome
+from hookwright.storage._base import ClaimRequest
+from hookwright.testing import FakeTransport, VirtualClock
+from tests.conftest import URL
+from tests.test_worker import Gauge, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hookwright import Failure, Request
+
+
+async def test_the_longest_timeout_that_is_taken_is_sent_with(storage_url: str) -> None:
+    transport = FakeTransport()
+    profiles = {"default": Profile(timeouts=Timeouts(total=15.0))}
+    async with Dispatcher(storage_url, transport=transport, profiles=profiles, lease=25.0) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.endpoints.create(URL, events=["*"], timeout=15)
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        assert [request.total_timeout for request in transport.requests] == [15.0, 15.0]
+
+
+async def test_an_endpoint_whose_timeout_fits_no_lease_here_waits_and_is_told_of(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = FakeTransport()
+    async with Dispatcher(sqlite_url, deliver=False, lease=120.0) as other:
+        endpoint = await other.endpoints.create(URL, events=["*"], timeout=100)
+        await other.emit("a")
+    async with Dispatcher(sqlite_url, transport=transport) as dispatcher:
+        with caplog.at_level(logging.WARNING, "hookwright"):
+            await dispatcher.drain(timeout=5)
+        assert "does not fit the lease" in caplog.text
+        assert (await dispatcher.health()).problems == (
+            f"endpoint {endpoint.id}: its timeout of 100 s does not fit the lease",
+        )
+        assert transport.requests == []
+        await dispatcher.endpoints.update(endpoint.id, timeout=20)
+        await dispatcher.endpoints.enable(endpoint.id)
+        await dispatcher.drain(timeout=5)
+        assert len(transport.requests) == 1
+        assert (await dispatcher.health()).problems == ()
+
+
+async def test_endpoints_that_were_healthy_until_a_moment_ago_leave_slots_to_others(storage_url: str) -> None:
+    gauge = Gauge()
+    gauge.release()
+    async with Dispatcher(storage_url, transport=gauge, concurrency=20, shutdown_timeout=0) as dispatcher:
+        for n in range(8):
+            await dispatcher.endpoints.create(f"{URL}/hang/{n}", events=["*"], concurrency=9)
+        await dispatcher.endpoints.create(URL + "/healthy", events=["good", "first"])
+        for _ in range(5):
+            await dispatcher.emit("first")
+            await dispatcher.drain(timeout=10)
+        gauge._released.clear()
+        await asyncio.gather(*(dispatcher.emit("bad") for _ in range(20)))
+        await until(lambda: gauge.now.total() == 8 + 10)  # one each, and half the slots beyond that
+        healthy = [endpoint for endpoint in (await dispatcher.endpoints.list()) if "healthy" in endpoint.url]
+        receipts = [await dispatcher.emit("good", endpoint_id=healthy[0].id) for _ in range(5)]
+        for receipt in receipts:
+            [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+            assert delivery.state == "succeeded"
+        assert gauge.now.total() == 18
+
+
+async def test_an_aclose_that_was_cancelled_goes_on_and_can_be_waited_for(sqlite_url: str) -> None:
+    transport = FakeTransport()
+    transport.respond(URL, transport.hang)
+    dispatcher = Dispatcher(sqlite_url, transport=transport, shutdown_timeout=0.3)
+    await dispatcher.start()
+    await dispatcher.endpoints.create(URL, events=["*"])
+    await dispatcher.emit("a")
+    await until(lambda: transport.requests)
+    closing = asyncio.create_task(dispatcher.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await asyncio.gather(dispatcher.aclose(), dispatcher.aclose())
+    assert transport.closed
+    async with Dispatcher(sqlite_url, transport=FakeTransport()) as successor:
+        assert successor.is_delivering
+
+
+async def test_a_result_is_written_before_the_lease_is_given_back(tmp_path: Path) -> None:
+    storage = SQLiteStorage(tmp_path / "hooks.db")
+    async with Dispatcher(storage, deliver=False) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        receipt = await dispatcher.emit("a")
+        [lease] = (await storage.claim(ClaimRequest(9, 9, 60_000_000, 4, {}))).leases
+        outcome = Outcome(lease.delivery_id, lease.token, lease.endpoint_id, DeliveryState.SUCCEEDED, None)
+        _, [settled], _ = await asyncio.gather(
+            storage.sweep(), storage.settle([outcome]), storage.release([lease], sent=True)
+        )
+        assert settled.held
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id)
+        assert delivery.state == "succeeded"
+
+
+async def test_a_delivery_whose_endpoint_is_deleted_while_it_is_leased_ends(storage_url: str) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.endpoints.pause(endpoint.id)
+        receipt = await dispatcher.emit("a")
+        claim = dispatcher._storage.claim
+
+        async def claim_and_delete(request: ClaimRequest) -> Any:
+            found = await claim(request)
+            if found.leases:
+                await dispatcher._storage.delete_endpoint(endpoint.id)
+                await dispatcher._storage.sweep()
+                await dispatcher._cache.refresh(dispatcher._cache.revision)
+            return found
+
+        dispatcher._storage.claim = claim_and_delete  # type: ignore[method-assign]  # deletes between claim and send
+        await dispatcher.endpoints.resume(endpoint.id)
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert delivery.state == "cancelled"
+
+
+async def test_leases_are_given_back_when_the_endpoints_cannot_be_read(clock: VirtualClock) -> None:
+    class Flaky(MemoryStorage):
+        fail = 0
+
+        async def changes(self, since_revision: int) -> Any:
+            if self.fail:
+                self.fail -= 1
+                raise StorageError("the disk hiccups")
+            return await super().changes(since_revision)
+
+    storage, transport = Flaky(), FakeTransport()
+    async with Dispatcher(storage, transport=transport, clock=clock) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.endpoints.pause(endpoint.id)
+        await dispatcher.emit("a")
+        await storage.set_endpoint_state(endpoint.id, endpoint.state, reason=None)
+        storage.fail = 1
+        dispatcher._worker.wake()
+        await until(lambda: storage.fail == 0)
+        await clock.advance(2, settle=dispatcher.drain)
+        [delivery] = await dispatcher.deliveries.list()
+        assert (delivery.state, delivery.attempt_count) == ("succeeded", 1)
+
+
+async def test_a_process_that_changes_its_folder_keeps_its_lock_and_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link.db").symlink_to("real.db")
+    async with Dispatcher("sqlite:///link.db", transport=FakeTransport()) as one:
+        os.chdir(elsewhere)
+        async with Dispatcher(f"sqlite:///{tmp_path / 'real.db'}", transport=FakeTransport()) as other:
+            assert (one.is_delivering, other.is_delivering) == (True, False)
+            await other.endpoints.create(URL, events=["*"])
+            receipt = await other.emit("a")
+            await other.deliveries.wait(receipt.event_id, timeout=5)
+    assert [path.name for path in elsewhere.iterdir()] == []
+
+
+async def test_a_cancellation_of_somebody_else_ends_neither_an_observer_nor_a_delivery(
+    storage_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Cancels(FakeTransport):
+        async def send(self, request: Request) -> Response | Failure:
+            if not self.requests:
+                self.requests.append(request)
+                raise asyncio.CancelledError
+            return await super().send(request)
+
+    heard: list[DeliverySucceeded] = []
+
+    async def observe(succeeded: DeliverySucceeded) -> None:
+        heard.append(succeeded)
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    profiles = {"default": Profile(retry=RetryPolicy.schedule(0, 0))}
+    async with Dispatcher(storage_url, transport=Cancels(), profiles=profiles) as dispatcher:
+        dispatcher.observe(observe, DeliverySucceeded)
+        await dispatcher.endpoints.create(URL, events=["*"])
+        for _ in range(3):
+            await dispatcher.emit("a")
+            await dispatcher.drain(timeout=5)
+        await until(lambda: len(heard) == 3)
+        first = list(await dispatcher.deliveries.list())[-1]
+        attempts = await dispatcher.deliveries.attempts(first.id)
+        assert [(a.error, a.detail) for a in attempts] == [("transport_error", "CancelledError"), (None, None)]
+    assert "observer" in caplog.text
+
+
+async def test_taking_over_is_tried_again_whole_when_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = VirtualClock()
+    dead, heir = SQLiteStorage(tmp_path / "hooks.db"), SQLiteStorage(tmp_path / "hooks.db")
+    async with Dispatcher(dead, deliver=False, clock=clock) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.emit("a")
+        assert len((await dead.claim(ClaimRequest(9, 9, 60_000_000, 4, {}))).leases) == 1
+    await heir.open(clock)
+
+    def busy(*_: object) -> None:
+        raise StorageBusy("held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hookwright.storage.sqlite._release.free_leases", busy)
+        with pytest.raises(StorageBusy):
+            await heir.acquire()
+    assert await heir.acquire()
+    [lease] = (await heir.claim(ClaimRequest(9, 9, 60_000_000, 4, {}))).leases
+    assert lease.taken_over
+    await heir.close()
+
+
+async def test_what_is_blanked_is_what_could_be_a_secret(storage_url: str) -> None:
+    headers = {"X-Version": "1", "X-Env": "ok", "Authorization": "Bearer abc/def/ghi"}
+    transport = FakeTransport()
+    async with Dispatcher(storage_url, transport=transport) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"], headers=headers)
+        assert endpoint.secret is not None
+        text = endpoint.secret.reveal()
+        body = f'{{"status":"ok","took":1,"auth":"Bearer abc\\/def\\/ghi","cut":"{text[:20]}'.encode()
+        transport.respond(URL, Response(200, body=body, truncated=True))
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        [delivery] = await dispatcher.deliveries.list()
+        [attempt] = await dispatcher.deliveries.attempts(delivery.id)
+        assert attempt.response_body == b'{"status":"ok","took":1,"auth":"[secret]","cut":"[secret]'
+
+
+async def test_a_delivery_of_long_ago_is_due_at_once(storage_url: str) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        receipt = await dispatcher.emit("a", deliver_at=datetime(1960, 1, 1, tzinfo=UTC))
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert delivery.state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tenant": "\ud800"}, "tenant: holds half a surrogate"),
+        ({"idempotency_key": "\ud800"}, "idempotency_key"),
+        ({"endpoint_id": "\ud800"}, "endpoint_id"),
+        ({"attributes": {("a",): 1}}, "attributes: the key"),
+        ({"attributes": ["a"]}, "attributes: must be a mapping"),
+    ],
+)
+async def test_text_that_is_none_is_refused(storage_url: str, given: dict[str, Any], says: str) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        with pytest.raises(ValidationFailed, match=says):
+            await dispatcher.emit("a", **given)
+
+
+async def test_each_header_is_sent_once_and_nobody_sets_ours(storage_url: str) -> None:
+    transport = FakeTransport()
+    async with Dispatcher(storage_url, transport=transport) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"], headers={"User-Agent": "Vendor/1"})
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        names = [name.lower() for name, _ in transport.requests[0].headers]
+        assert len(names) == len(set(names))
+        assert dict(transport.requests[0].headers)["User-Agent"] == "Vendor/1"
+        with pytest.raises(ValidationFailed, match="differ in case only"):
+            await dispatcher.endpoints.create(URL, events=["*"], headers={"X-A": "1", "x-a": "2"})
+    refused: tuple[dict[str, str], ...] = ({"Content-Type": "x"}, {"Expect": "x"}, {"webhook-id": "x"}, {"X-Sig": "x"})
+    for headers in (*refused, {"X-A": "1", "x-a": "2"}):
+        with pytest.raises(ConfigurationError, match="Profile"):
+            Profile(headers=headers, signers=[HexSignature("X-Sig")])
+
+
+async def test_a_rate_limit_that_is_taken_away_holds_nothing_back(storage_url: str) -> None:
+    clock, transport = VirtualClock(), FakeTransport()
+    async with Dispatcher(storage_url, transport=transport, clock=clock) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"], rate_limit=0.001)
+        for _ in range(2):
+            await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        assert len(transport.requests) == 1
+        await dispatcher.endpoints.update(endpoint.id, rate_limit=None)
+        await dispatcher.drain(timeout=5)
+        assert len(transport.requests) == 2
+
+
+async def test_pruning_walks_past_what_is_pending(sqlite_url: str) -> None:
+    clock, transport = VirtualClock(), FakeTransport()
+    async with Dispatcher(sqlite_url, transport=transport, clock=clock) as dispatcher:
+        paused = await dispatcher.endpoints.create(URL, events=["wait"])
+        await dispatcher.endpoints.create(URL, events=["go"])
+        await dispatcher.endpoints.pause(paused.id)
+        for number in range(700):
+            await dispatcher.emit("wait" if number % 2 else "go")
+        await dispatcher.drain(timeout=20)
+        await clock.advance(timedelta(days=1))
+        moment = datetime.fromtimestamp(clock.now() / 1e6, UTC)
+        assert await dispatcher.events.prune(before=moment) == 350
+        assert await dispatcher.events.prune(before=moment) == 0
+        assert await dispatcher.deliveries.count(status="pending") == 350
