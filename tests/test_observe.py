@@ -14,6 +14,7 @@ from hookwright import (
     DeliveryState,
     DeliverySucceeded,
     Dispatcher,
+    EndpointDisabled,
     EventEmitted,
     Observation,
 )
@@ -130,3 +131,15 @@ async def test_a_closed_subscription_hears_nothing_more() -> None:
 def test_what_is_no_observer_or_no_observation_is_refused(function: Any, kinds: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"observer|Observation"):
         Dispatcher("memory:").observe(function, *kinds)
+
+
+def test_an_observation_is_a_value() -> None:
+    one = EndpointDisabled(endpoint_id="ep_1", reason="gone")
+    assert one == EndpointDisabled(endpoint_id="ep_1", reason="gone")
+    assert len({one, EndpointDisabled(endpoint_id="ep_1", reason="gone")}) == 1
+    assert one != EndpointDisabled(endpoint_id="ep_1", reason=None)
+    assert one != "ep_1"
+    assert vars(one) == {"endpoint_id": "ep_1", "reason": "gone"}
+    assert repr(one) == "EndpointDisabled(endpoint_id='ep_1', reason='gone')"
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        one.reason = "other"  # type: ignore[misc]  # that is what is tested

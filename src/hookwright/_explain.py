@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 MASK = "****"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
+class Match(NamedTuple):
     """An endpoint that would get the event, and the request. `problem` says why nothing could be sent, or not now.
 
     The values of the endpoint's own headers are masked: they are never read back.
@@ -34,16 +32,14 @@ class Match:
     problem: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
+class Mismatch(NamedTuple):
     """An endpoint that would not get the event, and why."""
 
     endpoint_id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
+class Explanation(NamedTuple):
     """What `dispatcher.explain` returns."""
 
     matches: tuple[Match, ...]

@@ -74,7 +74,7 @@ DELIVERY_STATES: Final[tuple[tuple[DeliveryState | None, str, DeliveryState], ..
 """(from, because of, to). `None` is before the delivery exists."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored.
 
@@ -93,15 +93,14 @@ class Event:
     expunged_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastDelivery:
+class LastDelivery(NamedTuple):
     """How an endpoint answered last, and when."""
 
     success: bool
     at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """A subscribed receiver. Header values are never read back, and `secret` is set only on what `create` and
     `rotate_secret` returned; later there is `secret_last4`.
@@ -133,7 +132,7 @@ class Endpoint:
     secret_last4: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Delivery:
     """One event on its way to one endpoint. `next_attempt_at` is None once the delivery has ended."""
 
@@ -150,7 +149,7 @@ class Delivery:
     last_error: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One HTTP try. `error` is a code (see `docs/design.md`), `detail` its cause; the body is as it came, capped."""
 
@@ -172,8 +171,7 @@ class Attempt:
         return self.response_body.decode("utf-8", "replace")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointStats:
+class EndpointStats(NamedTuple):
     """How an endpoint's attempts went. Durations in seconds, None when there were no attempts."""
 
     attempts: int
@@ -184,8 +182,7 @@ class EndpointStats:
     slowest: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
+class Payload(NamedTuple):
     """What a delivery sends: the exact body, and the headers as of now with secret values masked.
 
     `changed`: the body is no longer what the last attempt sent, since the profile was changed; None: there was none.
@@ -197,8 +194,7 @@ class Payload:
     changed: bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
+class Health(NamedTuple):
     """How a dispatcher does.
 
     `pending` and `leased` deliveries are counted up to 100,000. `oldest_due` is how long (seconds) the oldest delivery
@@ -218,7 +214,7 @@ class Health:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Page(Generic[T]):
     """A slice of a list, newest first, and the cursor that continues it (None at the end). Iterates over its items."""
 

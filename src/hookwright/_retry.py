@@ -42,26 +42,26 @@ class DeliveryError(HookwrightError):
         self.headers = dict(response.headers) if response is not None else {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Succeeded:
     """The receiver accepted it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Retry:
     """Try again after `delay` microseconds."""
 
     delay: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Failed:
     """No further attempt; `reason` is `exhausted` or `refused` (the retry predicate said no)."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gone:
     """410: the receiver wants nothing more, ever."""
 
