@@ -27,7 +27,7 @@ class CachedEndpoint(NamedTuple):
     row: EndpointRow
     filters: Mapping[str, TypedValues]
     secrets: tuple[tuple[Secret, int | None], ...]
-    checked: set[int]
+    checked: dict[int, Sequence[Secret]]
 
     def live_secrets(self, now: int) -> list[Secret]:
         """Return the secrets that have not expired, newest first."""
@@ -35,11 +35,12 @@ class CachedEndpoint(NamedTuple):
 
     def signing(self, signer: Signer, now: int) -> Sequence[Secret]:
         """Return the secrets that this signer signs with now. Raises ValidationFailed when it can use none."""
-        secrets = self.live_secrets(now)
-        if len(secrets) == 1 and id(signer) in self.checked:
-            return secrets
-        found = usable(signer, secrets)
-        self.checked.add(id(signer))
+        known = self.checked.get(id(signer))
+        if known is not None:
+            return known
+        found = usable(signer, self.live_secrets(now))
+        if len(self.secrets) == 1:  # several: they expire
+            self.checked[id(signer)] = found
         return found
 
     def wants(self, tenant: str | None, attributes: Mapping[str, TypedValues]) -> bool:
@@ -79,7 +80,7 @@ class EndpointCache:
         if row.deleted:
             return
         filters = {key: typed(values) for key, values in row.filters.items()}
-        new = CachedEndpoint(row, filters, tuple((Secret.text(key.text), key.expires_at) for key in row.keys), set())
+        new = CachedEndpoint(row, filters, tuple((Secret.text(key.text), key.expires_at) for key in row.keys), {})
         self._by_id[row.id] = new
         for pattern in row.events:
             self._by_pattern[pattern][row.id] = new

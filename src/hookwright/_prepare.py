@@ -112,12 +112,11 @@ class Preparer:
     ) -> tuple[tuple[str, str], ...]:
         # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
         timestamp = self._clock.wall() // SECOND
-        headers = [
-            ("content-type", getattr(profile.envelope, "content_type", "application/json")),
-            *endpoint.row.headers,
-        ]
-        if not any(name.lower() == "user-agent" for name in (*profile.headers, *(name for name, _ in headers))):
+        headers = [("content-type", getattr(profile.envelope, "content_type", "application/json"))]
+        own = endpoint.row.headers
+        if not own or not any(name.lower() == "user-agent" for name, _ in own):
             headers.append(("user-agent", self._user_agent))
+        headers.extend(own)
         if profile.headers:
             fields = {
                 "event_id": lease.event_id,

@@ -106,7 +106,7 @@ class Profile:
         signed = {name.lower() for signer in self.signers for name in signer.header_names}
         for name, value in self.headers.items():
             _check_header(name, value)
-            if is_reserved(name) or name.lower() in signed:
+            if is_reserved(name) or name.lower() in signed or name.lower() == "user-agent":
                 raise ConfigurationError(f"Profile: {name} is set by a signer or the connection: leave it out")
         if len({name.lower() for name in self.headers}) < len(self.headers):
             raise ConfigurationError("Profile: headers names two that differ in case only: they are the same header")
