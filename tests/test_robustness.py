@@ -177,13 +177,16 @@ async def test_a_process_that_changes_its_folder_keeps_its_lock_and_its_file(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "link.db").symlink_to("real.db")
-    async with Dispatcher("sqlite:///link.db", transport=FakeTransport()) as one:
+    async with (
+        Dispatcher("sqlite:///real.db", transport=FakeTransport()) as one,
+        Dispatcher("sqlite:///link.db", transport=FakeTransport()) as other,
+    ):
         os.chdir(elsewhere)
-        async with Dispatcher(f"sqlite:///{tmp_path / 'real.db'}", transport=FakeTransport()) as other:
-            assert (one.is_delivering, other.is_delivering) == (True, False)
-            await other.endpoints.create(URL, events=["*"])
-            receipt = await other.emit("a")
-            await other.deliveries.wait(receipt.event_id, timeout=5)
+        assert not await other._storage.acquire()
+        assert (one.is_delivering, other.is_delivering) == (True, False)
+        await other.endpoints.create(URL, events=["*"])
+        receipt = await other.emit("a")
+        await other.deliveries.wait(receipt.event_id, timeout=5)
     assert [path.name for path in elsewhere.iterdir()] == []
 
 
