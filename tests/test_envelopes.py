@@ -80,7 +80,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.dictionaries(st.text(), JSON))
 def test_a_flat_body_says_what_the_data_said(data: dict[str, Any]) -> None:
     encoded = to_json(data)

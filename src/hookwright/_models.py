@@ -197,7 +197,7 @@ class Payload(NamedTuple):
 class Health(NamedTuple):
     """How a dispatcher does.
 
-    `pending` and `leased` deliveries are counted up to 100,000. `oldest_due` is how long (seconds) the oldest delivery
+    `pending` and `leased` deliveries are counted up to 10,000. `oldest_due` is how long (seconds) the oldest delivery
     that could be sent now has been waiting; `lag` how late the last attempt began. `lost_leases` are results that came
     too late, since start. `problems` names endpoints that cannot be sent to, and `last_error` the storage's last one.
     """

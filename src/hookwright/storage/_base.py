@@ -113,7 +113,7 @@ class Backlog(NamedTuple):
     oldest_due: int | None
 
 
-BACKLOG_COUNTED = 100_000
+BACKLOG_COUNTED = 10_000
 """Rows that `backlog` counts at most, so that it stays cheap."""
 
 STATS_ROWS = 100_000

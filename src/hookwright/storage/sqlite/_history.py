@@ -163,9 +163,11 @@ SELECT min((
 
 def backlog(database: Database, now: int) -> Backlog:
     """See `Storage.backlog`."""
-    counted = "SELECT count(*) FROM (SELECT 1 FROM hookwright_delivery WHERE {} LIMIT {})"
-    pending = database.execute(counted.format("state = 'pending'", BACKLOG_COUNTED)).fetchone()[0]
-    leased = database.execute(counted.format("token IS NOT NULL", BACKLOG_COUNTED)).fetchone()[0]
+    counted = "SELECT count(*) FROM (SELECT 1 FROM hookwright_delivery INDEXED BY {} WHERE {} LIMIT {})"
+    pending_rows = counted.format("hookwright_delivery_queue", "state = 'pending'", BACKLOG_COUNTED)
+    leased_rows = counted.format("hookwright_delivery_leased", "token IS NOT NULL", BACKLOG_COUNTED)
+    pending = database.execute(pending_rows).fetchone()[0]
+    leased = database.execute(leased_rows).fetchone()[0]
     oldest = database.execute(_OLDEST, (now,)).fetchone()
     return Backlog(pending, leased, min((time for time in oldest if time is not None), default=None))
 
