@@ -17,6 +17,7 @@ from hookwright import (
     EventEnvelope,
     FlatEnvelope,
     NotFound,
+    Profile,
     StandardEnvelope,
     ValidationFailed,
 )
@@ -82,6 +83,8 @@ async def test_data_that_fits_is_stored_as_it_was_given(type: str, data: Any) ->
         ("video.processed", None, "does not fit"),
         ("video.processed", {"video_id": "a", "formats": [{"quality": "x"}]}, r"formats\.0\.size: Field required"),
         ("video.processed", User(1), "video_id"),
+        ("video.processed", {"video_id": "a", "formats": [{"quality": "x", "size": "1"}]}, "valid integer"),
+        ("video.processed", object(), "cannot be encoded"),
         ("user.created", {"id": "5"}, r"\$\.id: '5' is not of type 'integer'"),
         ("user.created", None, "not of type 'object'"),
     ],
@@ -96,8 +99,43 @@ async def test_anything_else_is_refused_and_nothing_is_written(type: str, data: 
 
 @pytest.mark.parametrize("pattern", ["*", "video.*", "video.processed", "hookwright.*", "hookwright.endpoint.failing"])
 async def test_patterns_that_match_something_are_taken(pattern: str) -> None:
-    async with Dispatcher("memory:", catalogue=catalogue(), transport=FakeTransport()) as dispatcher:
+    options: dict[str, Any] = {"catalogue": catalogue(), "transport": FakeTransport(), "operational_events": True}
+    async with Dispatcher("memory:", **options) as dispatcher:
         assert (await dispatcher.endpoints.create(URL, events=[pattern])).events == (pattern,)
+
+
+async def test_subscriptions_to_events_of_ours_that_never_come_are_refused() -> None:
+    async with Dispatcher("memory:", transport=FakeTransport(), operational_events=True) as dispatcher:
+        with pytest.raises(ValidationFailed, match="none of ours, which are: "):
+            await dispatcher.endpoints.create(URL, events=["hookwright.delivry.faild"])
+    async with Dispatcher("memory:", transport=FakeTransport()) as dispatcher:
+        with pytest.raises(ValidationFailed, match="operational_events=True"):
+            await dispatcher.endpoints.create(URL, events=["hookwright.*"])
+
+
+def test_an_envelope_that_cannot_hold_a_types_data_is_refused_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="cannot hold data with a field 'id'"):
+        Dispatcher("memory:", catalogue=catalogue(), profiles={"x": Profile(envelope=FlatEnvelope(id_key="id"))})
+    with pytest.raises(ConfigurationError, match="openapi"):
+        catalogue().openapi(envelope=Profile())  # type: ignore[arg-type]  # that is tested
+    with pytest.raises(ConfigurationError, match=r"use @catalogue\.event\('"):
+        catalogue().event(Processed)  # type: ignore[arg-type]
+
+
+def test_definitions_of_two_types_do_not_meet() -> None:
+    both = Catalogue()
+
+    class Item(pydantic.BaseModel):
+        a: int
+
+    first = pydantic.create_model("First", item=(Item, ...))
+    both.event("a.first")(first)
+    both.add("a.second", {"$defs": {"Item": {"type": "string"}}, "$ref": "#/$defs/Item"})
+    document = both.openapi()
+    assert document["components"]["schemas"]["a.second.Item"] == {"type": "string"}
+    assert document["components"]["schemas"]["a.first.Item"]["properties"]["a"]["type"] == "integer"
+    body = document["webhooks"]["a.second"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["data"]["$ref"] == "#/components/schemas/a.second.Item"
 
 
 @pytest.mark.parametrize("pattern", ["video", "video.proc", "videos.*", "video.processed.*", "user.deleted"])
@@ -137,7 +175,7 @@ def test_a_declaration_that_cannot_be_is_refused(
     [
         StandardEnvelope(),
         EventEnvelope(time_format="epoch"),
-        FlatEnvelope(id_key="id"),
+        FlatEnvelope(id_key="event_id"),
         CloudEventsEnvelope(source="/x"),
     ],
     ids=repr,

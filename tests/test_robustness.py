@@ -12,21 +12,29 @@ import pytest
 
 from hookwright import (
     ConfigurationError,
+    ConflictError,
+    Content,
     DeliverySucceeded,
     Dispatcher,
+    Ed25519Webhooks,
     HexSignature,
     MemoryStorage,
+    NewEvent,
     Profile,
     Response,
     RetryPolicy,
+    Secret,
     SQLiteStorage,
+    StandardWebhooks,
     StorageBusy,
     StorageError,
     Timeouts,
     ValidationFailed,
 )
 from hookwright._models import DeliveryState, Outcome
-from hookwright.storage._base import ClaimRequest
+from hookwright.receiver import Verifier
+from hookwright.storage._base import ClaimRequest, DeliveryFilter
+from hookwright.storage.sqlite import _history
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL
 from tests.test_worker import Gauge, until
@@ -328,3 +336,122 @@ async def test_pruning_walks_past_what_is_pending(sqlite_url: str) -> None:
         assert await dispatcher.events.prune(before=moment) == 350
         assert await dispatcher.events.prune(before=moment) == 0
         assert await dispatcher.deliveries.count(status="pending") == 350
+
+
+async def test_a_test_that_failed_is_not_sent_again(storage_url: str) -> None:
+    transport = FakeTransport(500)
+    async with Dispatcher(storage_url, transport=transport) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.endpoints.test(endpoint.id)
+        assert await dispatcher.deliveries.replay(endpoint_id=endpoint.id) == 0
+        [delivery] = await dispatcher.deliveries.list()
+        with pytest.raises(ConflictError, match="was a test"):
+            await dispatcher.deliveries.retry(delivery.id)
+        await dispatcher.endpoints.disable(endpoint.id)
+        with pytest.raises(ConflictError, match="enable it first"):
+            await dispatcher.deliveries.replay(endpoint_id=endpoint.id)
+
+
+async def test_a_signer_or_an_envelope_of_the_application_that_misbehaves_is_named(storage_url: str) -> None:
+    class Broken(HexSignature):
+        def sign(self, **_: Any) -> dict[str, str]:
+            raise ConnectionError("the key service is down")
+
+    class Text:
+        def render(self, content: Content) -> bytes:
+            return content.event_type  # type: ignore[return-value]  # that is what is tested
+
+    profiles = {"signer": Profile(signers=[Broken("X-Sig")]), "envelope": Profile(envelope=Text())}
+    async with Dispatcher(storage_url, transport=FakeTransport(), profiles=profiles) as dispatcher:
+        held = await dispatcher.endpoints.create(URL, events=["*"], profile="signer")
+        text = await dispatcher.endpoints.create(URL, events=["*"], profile="envelope")
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        assert (await dispatcher.health()).problems == (f"endpoint {held.id}: a signer raised ConnectionError",)
+        [failed] = await dispatcher.deliveries.list(endpoint_id=text.id)
+        assert (failed.state, failed.last_error) == ("failed", "render_error")
+        [waiting] = await dispatcher.deliveries.list(endpoint_id=held.id)
+        assert (waiting.state, waiting.attempt_count) == ("pending", 0)
+
+
+async def test_an_endpoint_moves_to_another_kind_of_secret_and_profile_at_once(storage_url: str) -> None:
+    transport = FakeTransport()
+    signer = Ed25519Webhooks()
+    async with Dispatcher(storage_url, transport=transport, profiles={"ed": Profile(signers=[signer])}) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        moved = await dispatcher.endpoints.rotate_secret(endpoint.id, profile="ed")
+        assert moved.secret is not None
+        assert (moved.profile, moved.secret.reveal()[:5]) == ("ed", "whsk_")
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        verifier = Verifier(signer.public_key(moved.secret))
+        assert verifier.verify(transport.requests[0].body, transport.requests[0].headers).payload["type"] == "a"
+    with pytest.raises(ConfigurationError, match="two profiles"):
+        Profile(signers=[StandardWebhooks(), signer])
+
+
+@pytest.mark.parametrize("header", ["Content-Length", "Host"])
+def test_a_signer_cannot_set_what_belongs_to_the_connection(header: str) -> None:
+    with pytest.raises(ConfigurationError, match="no signer can set"):
+        Profile(signers=[HexSignature(header)])
+    with pytest.raises(ConfigurationError, match="no signer can set"):
+        Profile(signers=[HexSignature("X-Sig"), HexSignature("x-sig")])
+
+
+async def test_a_key_for_one_endpoint_is_not_a_key_for_another(storage_url: str) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        one, other = [await dispatcher.endpoints.create(URL, events=["*"]) for _ in range(2)]
+        await dispatcher.emit("a", idempotency_key="k", endpoint_id=one.id)
+        with pytest.raises(ConflictError, match="target"):
+            await dispatcher.emit("a", idempotency_key="k", endpoint_id=other.id)
+
+
+async def test_the_index_of_unsuccessful_deliveries_is_used(tmp_path: Path) -> None:
+    storage = SQLiteStorage(tmp_path / "hooks.db")
+    async with Dispatcher(storage, deliver=False):
+        states = (DeliveryState.FAILED,)
+        condition, values = _history._condition(DeliveryFilter(states=states))
+        sql = f"EXPLAIN QUERY PLAN {_history._DELIVERY} WHERE {condition} ORDER BY d.id DESC LIMIT 51"
+        plan = await storage._read(lambda database: database.execute(sql, values).fetchall())
+        assert "hookwright_delivery_unsuccessful" in plan[0][3]
+
+
+async def test_what_is_sent_again_is_due_now(storage_url: str) -> None:
+    clock, transport = VirtualClock(), FakeTransport(500)
+    profiles = {"default": Profile(retry=RetryPolicy.schedule(0))}
+    async with Dispatcher(storage_url, transport=transport, clock=clock, profiles=profiles) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.emit("a")
+        await dispatcher.drain(timeout=5)
+        await dispatcher.endpoints.pause(endpoint.id)
+        await clock.advance(timedelta(days=5))
+        [failed] = await dispatcher.deliveries.list()
+        again = await dispatcher.deliveries.retry(failed.id)
+        assert again.next_attempt_at == datetime.fromtimestamp(clock.now() / 1e6, UTC)
+
+
+@pytest.mark.parametrize("given", [{"filters": {"k": None}}, {"filters": {1: ["a"]}}])
+async def test_filters_that_can_never_match_are_refused(storage_url: str, given: dict[str, Any]) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        with pytest.raises(ValidationFailed, match="filters"):
+            await dispatcher.endpoints.create(URL, events=["*"], **given)
+        wrong: tuple[Any, ...] = (NewEvent("a"), [{"type": "a"}], [("a", None)])
+        for events in wrong:
+            with pytest.raises(ValidationFailed, match="give a list of NewEvent"):
+                await dispatcher.emit_many(events)
+    for text in (5, "\ud800"):
+        with pytest.raises(ValidationFailed, match="secret"):
+            Secret.text(text)  # type: ignore[arg-type]  # that is what is tested
+
+
+async def test_a_cursor_with_anything_added_is_refused(storage_url: str) -> None:
+    async with Dispatcher(storage_url, transport=FakeTransport()) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        for _ in range(2):
+            await dispatcher.emit("a")
+        cursor = (await dispatcher.deliveries.list(limit=1)).next_cursor
+        assert cursor is not None
+        assert len(await dispatcher.deliveries.list(limit=1, cursor=cursor)) == 1
+        for changed in (cursor + "!", "\u00e9" + cursor, cursor[:4] + "?" + cursor[4:], cursor[:-4]):
+            with pytest.raises(ValidationFailed, match="cursor"):
+                await dispatcher.deliveries.list(limit=1, cursor=changed)

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from pydantic_core import ValidationError, to_jsonable_python
+from pydantic_core import ValidationError, to_json, to_jsonable_python
 
 from hookwright._envelope import StandardEnvelope
 from hookwright._errors import ConfigurationError, NotFound, ValidationFailed
@@ -21,6 +21,14 @@ TYPE_LENGTH = 128
 
 RESERVED = "hookwright."
 """Types that begin so are ours: operational events and tests. `*` does not match them."""
+
+OPERATIONAL = (
+    "hookwright.delivery.failed",
+    "hookwright.endpoint.disabled",
+    "hookwright.endpoint.failing",
+    "hookwright.endpoint.recovered",
+)
+"""What is told of endpoints and deliveries, as events."""
 
 _TYPE = re.compile(r"[a-zA-Z0-9_-]+(\.[a-zA-Z0-9_-]+)*")
 
@@ -47,6 +55,16 @@ def check_pattern(value: object, field: str = "events") -> str:
         )
     assert isinstance(value, str)
     return value
+
+
+def check_reserved(pattern: str, *, operational: bool) -> None:
+    """Raise ValidationFailed for a pattern of ours that would never match anything."""
+    if not pattern.startswith(RESERVED):
+        return
+    if not any(pattern in candidates(name) for name in OPERATIONAL):
+        raise ValidationFailed("events", f"{pattern!r} is none of ours, which are: {', '.join(OPERATIONAL)}")
+    if not operational:
+        raise ValidationFailed("events", f"{pattern!r} needs Dispatcher(operational_events=True)")
 
 
 def candidates(event_type: str) -> list[str]:
@@ -91,8 +109,8 @@ class Catalogue:
     """The closed list of an application's event types, with the shape of their data.
 
     Given to a Dispatcher, types that are not in it are refused when they are emitted, and patterns that match none of
-    them when somebody subscribes; data is validated before anything is written, and stored as it was given. Declare it
-    once, at import.
+    them when somebody subscribes; data is validated, as the JSON that will be sent, before anything is written. Declare
+    it once, at import.
 
     ```python
     import pydantic
@@ -132,6 +150,9 @@ class Catalogue:
         ValidationFailed for a name that is no event type.
         """
 
+        if not isinstance(name, str):
+            raise ConfigurationError("use @catalogue.event('video.processed'): it needs the type's name")
+
         def declare(model: ModelT) -> ModelT:
             if not hasattr(model, "model_validate"):
                 raise ConfigurationError(f"{name}: decorate a pydantic model, not {model!r}")
@@ -165,17 +186,23 @@ class Catalogue:
             raise ConfigurationError(f"{declared.name}: it is in the catalogue already")
         for example in declared.examples:
             try:
-                _validate(declared, example)
+                _validate(declared, example, to_json(example))
             except ValidationFailed as error:
                 raise ConfigurationError(f"{declared.name}: an example does not fit: {error.message}") from None
         self._types[declared.name] = declared
 
-    def check(self, event_type: str, data: object) -> None:
-        """Raise ValidationFailed unless the type is declared and the data fits it."""
+    def check(self, event_type: str, data: object, encoded: bytes) -> None:
+        """Raise ValidationFailed unless the type is declared and the data, as JSON, fits it strictly."""
         declared = self._types.get(event_type)
         if declared is None:
             raise ValidationFailed("type", f"{event_type!r} is not in the catalogue, which has: {self._listed()}")
-        _validate(declared, data)
+        _validate(declared, data, encoded)
+
+    def check_envelope(self, envelope: object) -> None:
+        """Raise ConfigurationError when an envelope cannot hold the data of a declared type."""
+        if hasattr(envelope, "schema"):
+            for name in self.names:
+                envelope.schema(name, self.json_schema(name))
 
     def check_pattern(self, pattern: str) -> None:
         """Raise ValidationFailed unless the pattern matches a declared type (or one of ours)."""
@@ -195,15 +222,16 @@ class Catalogue:
     ) -> dict[str, Any]:
         """Return an OpenAPI 3.1 document with a webhook for each type, whose bodies are as `envelope` renders them."""
         describing = envelope or StandardEnvelope()
+        if not hasattr(describing, "schema"):
+            raise ConfigurationError(f"openapi: give an envelope that has a schema, not {envelope!r}")
         content_type = getattr(describing, "content_type", "application/json")
         schemas: dict[str, Any] = {}
         webhooks: dict[str, Any] = {}
         for name in self.names:
             declared = self._types[name]
-            data = dict(declared.schema)
-            if _is_model(declared):
-                data = declared.model.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas |= data.pop("$defs", {})
+            # Each type's own definitions under its own name: two types may name different things alike.
+            data = _with_references(self.json_schema(name), f"#/components/schemas/{name}.")
+            schemas |= {f"{name}.{key}": value for key, value in data.pop("$defs", {}).items()}
             content: dict[str, Any] = {"schema": describing.schema(name, data)}
             operation: dict[str, Any] = {
                 "requestBody": {"required": True, "content": {content_type: content}},
@@ -247,21 +275,33 @@ class Catalogue:
         return ", ".join(self.names) or "nothing yet"
 
 
+def _with_references(schema: Any, prefix: str) -> Any:
+    """Return a schema whose references to its own definitions begin with `prefix`."""
+    if isinstance(schema, dict):
+        return {
+            key: prefix + value.removeprefix("#/$defs/")
+            if key == "$ref" and isinstance(value, str) and value.startswith("#/$defs/")
+            else _with_references(value, prefix)
+            for key, value in schema.items()
+        }
+    return [_with_references(part, prefix) for part in schema] if isinstance(schema, list) else schema
+
+
 def _is_model(declared: _EventType) -> bool:
     return hasattr(declared.model, "model_json_schema")
 
 
-def _validate(declared: _EventType, data: object) -> None:
+def _validate(declared: _EventType, data: object, encoded: bytes) -> None:
     if declared.model is None:
         return
     if not _is_model(declared):
-        error = next(declared.model.iter_errors(to_jsonable_python(data)), None)
+        error = next(declared.model.iter_errors(json.loads(encoded)), None)
         if error is not None:
             raise ValidationFailed("data", f"does not fit {declared.name!r}: {error.json_path}: {error.message}")
     elif not isinstance(data, declared.model):
-        plain = data if isinstance(data, (dict, list, str, int, float, type(None))) else to_jsonable_python(data)
         try:
-            declared.model.model_validate(plain)
+            # As JSON, and strictly: what the exported schema forbids must not pass because Python could convert it.
+            declared.model.model_validate_json(encoded, strict=True)
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'data'}: {e['msg']}" for e in error.errors())
             raise ValidationFailed("data", f"does not fit {declared.name!r}: {what}") from None

@@ -10,7 +10,16 @@ from hookwright._clock import from_datetime
 from hookwright._endpoints import lease_of
 from hookwright._errors import ConflictError, NotFound, ValidationFailed, WaitTimeout
 from hookwright._explain import MASK, match_of
-from hookwright._models import DeliveryState, EndpointState, EventRow, NewDelivery, Payload, check_id, check_limit
+from hookwright._models import (
+    TEST_TYPE,
+    DeliveryState,
+    EndpointState,
+    EventRow,
+    NewDelivery,
+    Payload,
+    check_id,
+    check_limit,
+)
 from hookwright._snapshot import check_aware
 from hookwright.storage._base import DeliveryFilter
 
@@ -131,6 +140,8 @@ class Deliveries:
 
     async def _why_not(self, delivery: Delivery) -> str:
         event = await self._storage.get_event(delivery.event_id)
+        if event.type == TEST_TYPE:
+            return f"delivery {delivery.id} was a test: use endpoints.test() again"
         if event.expunged_at is not None:
             return f"event {event.id} was expunged: there is nothing left to send"
         try:
@@ -170,11 +181,17 @@ class Deliveries:
         filters says how many that are. Deliveries of disabled or deleted endpoints and of expunged events are left
         out. Runs in small batches, so that nobody waits for it; if it is cancelled, what was requeued stays so.
 
-        Raises ValidationFailed when pending deliveries are asked for, or none.
+        Raises ValidationFailed when pending deliveries are asked for, or none; ConflictError when the one endpoint that
+        is named is disabled, NotFound when it is unknown.
         """
         states = _states(status)
         if not states or DeliveryState.PENDING in states:
             raise ValidationFailed("status", "must name what has ended: failed, skipped, cancelled or succeeded")
+
+        if endpoint_id is not None:
+            endpoint = await self._storage.get_endpoint(check_id("endpoint_id", endpoint_id))
+            if endpoint.state is EndpointState.DISABLED:
+                raise ConflictError(f"endpoint {endpoint_id} is disabled: enable it first")
 
         async def again(ids: builtins.list[str]) -> int:
             requeued = await self._storage.requeue(ids, states)

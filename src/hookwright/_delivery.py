@@ -274,14 +274,16 @@ class Deliverer:
         alert = self._alert
         if alert is None or lease.event_type.startswith(RESERVED):
             return ()
-        endpoint: dict[str, Any] = {"endpoint_id": lease.endpoint_id}
+        endpoint: dict[str, Any] = {
+            "endpoint_id": lease.endpoint_id,
+            "error": record.error if record is not None else "interrupted",
+            "status": record.status if record is not None else None,
+        }
         delivery = endpoint | {
             "delivery_id": lease.delivery_id,
             "event_id": lease.event_id,
             "event_type": lease.event_type,
             "attempt_count": lease.number if record is not None else lease.number - 1,
-            "error": record.error if record is not None else "interrupted",
-            "status": record.status if record is not None else None,
         }
         possible: list[tuple[str, str, dict[str, Any]]] = []
         if state is DeliveryState.SUCCEEDED:

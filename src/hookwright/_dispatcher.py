@@ -74,7 +74,8 @@ class Dispatcher:
     a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never), and at least 20, is
     disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of what happens to
     endpoints and failed deliveries: `hookwright.endpoint.failing`, `.recovered`, `.disabled` and
-    `hookwright.delivery.failed`, for endpoints that subscribe to them by name (`*` does not match them).
+    `hookwright.delivery.failed`, for endpoints that subscribe to them or to `hookwright.*` (`*` does not match them).
+    They carry the tenant of the endpoint that they are about: an operator's endpoint has `tenant=ALL_TENANTS`.
     `endpoint_id_prefix` begins the ids of endpoints; `random` spreads pauses. `deliver=False` makes a process that
     emits and reads but leaves delivering to another.
 
@@ -114,7 +115,7 @@ class Dispatcher:
         random: Random | None = None,
         deliver: bool = True,
     ) -> None:
-        check_parts(profiles, network, transport, clock)
+        check_parts(profiles, network, transport, clock, catalogue)
         profiles = {"default": Profile(), **(profiles or {})}
         check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
         network = network or NetworkPolicy()
@@ -155,7 +156,7 @@ class Dispatcher:
             alert=self._emitter.alert if operational_events else None,
             on_ended=self._note_ended,
         )
-        self._make_facades(network, profiles, catalogue, id_prefix(endpoint_id_prefix), lease)
+        self._make_facades(network, profiles, catalogue, id_prefix(endpoint_id_prefix), lease, operational_events)
         self._worker = Worker(
             self._storage,
             self._deliverer,
@@ -182,6 +183,7 @@ class Dispatcher:
         catalogue: Catalogue | None,
         id_prefix: str,
         lease: float,
+        operational: bool,
     ) -> None:
         self.deliveries = Deliveries(
             self._storage,
@@ -200,6 +202,7 @@ class Dispatcher:
             profiles=profiles,
             cache=self._cache,
             catalogue=catalogue,
+            operational=operational,
             id_prefix=id_prefix,
             lease=lease,
             observers=self._observers,

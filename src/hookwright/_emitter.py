@@ -8,12 +8,12 @@ from pydantic_core import to_json
 
 from hookwright._clock import from_datetime
 from hookwright._endpoints import lease_of
-from hookwright._errors import NotFound, StaleEndpoints
+from hookwright._errors import NotFound, StaleEndpoints, ValidationFailed
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
 from hookwright._ids import new_id
 from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
-from hookwright._snapshot import TypedValues, check_aware, snapshot
+from hookwright._snapshot import NewEvent, TypedValues, check_aware, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hookwright._matching import CachedEndpoint, EndpointCache
     from hookwright._observe import ObserverHub
     from hookwright._prepare import Preparer
-    from hookwright._snapshot import NewEvent
     from hookwright.storage._base import Storage
 
 
@@ -78,7 +77,10 @@ class Emitter:
 
     async def emit_many(self, events: Iterable[NewEvent]) -> Sequence[Receipt]:
         """See `Dispatcher.emit_many`."""
-        emitting = [self._emitting(event) for event in events]
+        given = [] if isinstance(events, NewEvent) else list(events)
+        if isinstance(events, NewEvent) or not all(isinstance(event, NewEvent) for event in given):
+            raise ValidationFailed("events", "give a list of NewEvent: emit_many([NewEvent('video.ready', data)])")
+        emitting = [self._emitting(event) for event in given]
         for one in emitting:
             if one.endpoint_id is not None:
                 await self._check_serves(one.endpoint_id, one.event.tenant)
@@ -145,7 +147,8 @@ class Emitter:
         if not wanting:
             return None
         now = self._clock.now()
-        event = EventRow(new_id("evt", now), type, to_json(data), self._clock.wall(), tenant)
+        about_it = {"tenant": tenant, "endpoint_name": None if about is None else about.row.name}
+        event = EventRow(new_id("evt", now), type, to_json(data | about_it), self._clock.wall(), tenant)
         return Emission(event, [self._new_delivery(endpoint, 0) for endpoint in wanting])
 
     async def explain(self, new: NewEvent) -> Explanation:

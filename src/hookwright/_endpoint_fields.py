@@ -42,6 +42,8 @@ def filters_of(filters: Mapping[str, Sequence[str | int | bool]] | None) -> dict
     if filters is not None and not isinstance(filters, Mapping):
         raise ValidationFailed("filters", f"must be a mapping, such as {{'index_id': ['idx_1']}}, not {filters!r}")
     for key, values in (filters or {}).items():
+        if not isinstance(key, str) or not isinstance(values, (str, int, Iterable)):
+            raise ValidationFailed("filters", f"{key!r} must be text, with a list of at least one str, int or bool")
         allowed = tuple([values] if isinstance(values, (str, int)) else values)
         if not allowed or not all(isinstance(value, (str, int)) for value in allowed):
             raise ValidationFailed("filters", f"{key!r} needs a list of at least one str, int or bool")

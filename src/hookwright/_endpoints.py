@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
+from hookwright._catalogue import check_reserved
 from hookwright._clock import SECOND, from_datetime, to_datetime
 from hookwright._delivery import longest_timeout
 from hookwright._endpoint_fields import (
@@ -23,6 +25,7 @@ from hookwright._errors import ConflictError, NotFound, ValidationFailed
 from hookwright._ids import new_id
 from hookwright._models import (
     ALL_TENANTS,
+    TEST_TYPE,
     Attempt,
     DeliveryState,
     Emission,
@@ -55,9 +58,6 @@ if TYPE_CHECKING:
     from hookwright._observe import ObserverHub
     from hookwright._profile import Profile
     from hookwright.storage._base import Storage
-
-TEST_TYPE = "hookwright.test"
-"""The type of the event that `test` sends."""
 
 TEST_INTERVAL = 10 * SECOND
 """Between two tests of an endpoint."""
@@ -99,6 +99,7 @@ class Endpoints:
         profiles: Mapping[str, Profile],
         cache: EndpointCache,
         catalogue: Catalogue | None,
+        operational: bool,
         id_prefix: str,
         lease: float,
         observers: ObserverHub,
@@ -112,6 +113,7 @@ class Endpoints:
         self._profiles = profiles
         self._cache = cache
         self._catalogue = catalogue
+        self._operational = operational
         self._id_prefix = id_prefix
         self._lease = lease
         self._observers = observers
@@ -233,19 +235,22 @@ class Endpoints:
         *,
         secret: Secret | str | None = None,
         overlap: timedelta = timedelta(hours=24),
+        profile: str | None = None,
         tenant: str | None = None,
     ) -> Endpoint:
         """Give the endpoint a new secret, and return it on the endpoint this once.
 
         Until `overlap` has passed (0 to 7 days) the earlier ones go on signing, so that the receiver has time to change
         over; with `timedelta(0)` they end at once, as they must when they leaked. A plain HexSignature header holds one
-        signature only: that of the new secret.
+        signature only: that of the new secret. `profile` changes to another one at the same moment, whose signers need
+        another kind of secret; earlier secrets that they cannot use end with that.
 
-        Raises NotFound, ValidationFailed, or ConflictError when five secrets would sign at once.
+        Raises NotFound, ValidationFailed, or ConflictError when more than five secrets would sign at once.
         """
         if not isinstance(overlap, timedelta) or not timedelta(0) <= overlap <= OVERLAP_MOST:
             raise ValidationFailed("overlap", "must be a timedelta from 0 to 7 days")
         row = await self._row(endpoint_id, tenant)
+        row = row if profile is None else replace(row, profile=profile)
         given = self._secret(row.profile, secret)
         now = self._clock.now()
         end = now + overlap // timedelta(microseconds=1)
@@ -343,6 +348,8 @@ class Endpoints:
 
     def _patterns(self, events: Sequence[str]) -> tuple[str, ...]:
         found = patterns(events)
+        for pattern in found:
+            check_reserved(pattern, operational=self._operational)
         for pattern in found if self._catalogue is not None else ():
             assert self._catalogue is not None
             self._catalogue.check_pattern(pattern)
@@ -402,8 +409,8 @@ def to_stats(attempts: Sequence[tuple[int, bool]]) -> EndpointStats:
     """Return counts and percentiles of (duration, success)."""
     durations = sorted(duration / SECOND for duration, _ in attempts)
 
-    def percentile(part: float) -> float | None:
-        return durations[min(len(durations) - 1, int(len(durations) * part))] if durations else None
+    def percentile(part: float) -> float | None:  # by nearest rank
+        return durations[max(0, math.ceil(len(durations) * part) - 1)] if durations else None
 
     return EndpointStats(
         attempts=len(attempts),

@@ -15,6 +15,10 @@ TimeFormat = Literal["iso_ms", "iso", "epoch", "epoch_ms"]
 """`2026-01-15T10:30:00.000Z`, `2026-01-15T10:30:00Z`, whole seconds, or whole milliseconds since 1970."""
 
 
+class UnfitData(ValueError):
+    """The data does not fit the envelope. The message names keys, and nothing of their values."""
+
+
 class Content(NamedTuple):
     """What an envelope is given: `data` is the JSON that was stored, `occurred_at` microseconds UTC."""
 
@@ -125,7 +129,7 @@ class FlatEnvelope:
         time_format: TimeFormat = "iso_ms",
         omit_null: bool = True,
     ) -> None:
-        self._keys = [key for key in (type_key, time_key, id_key) if key is not None]
+        self._keys = [type_key, *(key for key in (time_key, id_key) if key is not None)]
         if not all(isinstance(key, str) and key for key in self._keys) or len(set(self._keys)) < len(self._keys):
             raise ConfigurationError("FlatEnvelope: type_key, time_key and id_key must be different names")
         self._type_key, self._time_key, self._id_key = type_key, time_key, id_key
@@ -144,18 +148,21 @@ class FlatEnvelope:
             fields.append((self._id_key, json.dumps(content.event_id)))
         for key, raw in _members(content.data.decode()):
             if key in self._keys:
-                raise ValueError(f"the data has a field {key!r}, which is the envelope's")
+                raise UnfitData(f"the data has a field {key!r}, which is the envelope's")
             if raw != "null" or not self._omit_null:
                 fields.append((key, raw))
         return ("{" + ",".join(f"{json.dumps(key, ensure_ascii=False)}:{raw}" for key, raw in fields) + "}").encode()
 
     def schema(self, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
-        """Return the JSON Schema of the body, given that of the data."""
+        """Return the JSON Schema of the body, given that of the data. Raises ConfigurationError when they clash."""
         fields: dict[str, Any] = {self._type_key: {"const": event_type}}
         if self._time_key is not None:
             fields[self._time_key] = _time_schema(self._time_format)
         if self._id_key is not None:
             fields[self._id_key] = {"type": "string"}
+        clash = fields.keys() & data.get("properties", {}).keys()
+        if clash:
+            raise ConfigurationError(f"{event_type}: {self!r} cannot hold data with a field {min(clash)!r}")
         return {"allOf": [_object_schema(fields), data]}
 
 
@@ -259,7 +266,7 @@ def _members(text: str) -> Iterator[tuple[str, str]]:
     if text in {"null", "{}"}:
         return
     if not text.startswith("{"):
-        raise ValueError("the data is no JSON object: its fields cannot be put at top level")
+        raise UnfitData("the data is no JSON object: its fields cannot be put at top level")
     decoder, position = json.JSONDecoder(), 1
     while True:
         key, position = decoder.raw_decode(text, position)

@@ -198,8 +198,9 @@ class Health(NamedTuple):
     """How a dispatcher does.
 
     `pending` and `leased` deliveries are counted up to 10,000. `oldest_due` is how long (seconds) the oldest delivery
-    that could be sent now has been waiting; `lag` how late the last attempt began. `lost_leases` are results that came
-    too late, since start. `problems` names endpoints that cannot be sent to, and `last_error` the storage's last one.
+    that could be sent now has been waiting; `lag` how late the last attempt began (held back by a pause or a limit,
+    too). `lost_leases` are results that came too late, since start. `problems` names endpoints that cannot be sent to,
+    and `last_error` the storage's last one.
     """
 
     state: str
@@ -410,6 +411,10 @@ def to_attempt(delivery_id: str, number: int, record: AttemptRecord) -> Attempt:
         response_truncated=record.response_truncated,
         body_sha256=record.body_sha256.hex() if record.body_sha256 is not None else None,
     )
+
+
+TEST_TYPE = "hookwright.test"
+"""The type of the event that `endpoints.test` sends; it is never sent again."""
 
 
 class Emission(NamedTuple):

@@ -91,7 +91,10 @@ class DeliveryRetrying(DeliveryObservation):
 
 
 class DeliveryFailed(DeliveryObservation):
-    """The delivery ended without success; `reason` is `exhausted`, `refused`, `gone` or `render_error`."""
+    """The delivery ended without success; `reason` is `exhausted`, `refused`, `gone` or `render_error`.
+
+    Not for what is skipped because its endpoint was disabled: see EndpointDisabled, and list those by `skipped`.
+    """
 
     reason: str
     status: int | None

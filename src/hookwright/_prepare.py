@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._clock import SECOND
-from hookwright._envelope import Content
+from hookwright._envelope import Content, UnfitData
 from hookwright._errors import ValidationFailed
 from hookwright.transport._base import Request
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from hookwright._matching import CachedEndpoint, EndpointCache
     from hookwright._models import Lease
     from hookwright._profile import Profile
+
+
+_logger = logging.getLogger("hookwright")
 
 
 class Speaking(NamedTuple):
@@ -42,7 +46,7 @@ class Unusable(NamedTuple):
 
 
 class Unrenderable(NamedTuple):
-    """The envelope raised this kind of error."""
+    """The envelope refused the data, or raised this kind of error."""
 
     error: str
 
@@ -64,6 +68,7 @@ class Preparer:
         self._clock = clock
         self._user_agent = user_agent
         self._endpoint_concurrency = endpoint_concurrency
+        self._told: set[str] = set()
 
     def find(self, lease: Lease) -> Speaking | Unusable:
         """Return the lease's endpoint and profile."""
@@ -80,12 +85,21 @@ class Preparer:
         content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
         try:
             body = profile.renderer.render(content)
-        except Exception as error:  # noqa: BLE001  # an envelope is the application's code, and must not stop the worker
+            if not isinstance(body, bytes):
+                raise TypeError(f"the envelope returned {type(body).__name__}, not bytes")
+        except UnfitData as error:
+            return Unrenderable(str(error))
+        except Exception as error:  # an envelope is the application's code, and must not stop the worker
+            if lease.endpoint_id not in self._told:
+                self._told.add(lease.endpoint_id)
+                _logger.exception("the envelope of profile %r raised; this is logged once", endpoint.row.profile)
             return Unrenderable(type(error).__name__)
         try:
             headers = self._headers(lease, endpoint, profile, body)
         except ValidationFailed as error:
             return Unusable(str(error))
+        except Exception as error:  # noqa: BLE001  # a signer may be the application's code, and ask a service
+            return Unusable(f"a signer raised {type(error).__name__}")
         timeouts = profile.timeouts
         total = endpoint.row.timeout or timeouts.total
         request = Request(
@@ -105,7 +119,7 @@ class Preparer:
         """Return the lower case names of the headers whose values authenticate."""
         profile = self._profiles.get(endpoint.row.profile)
         names = (name for signer in (profile.signers if profile else ()) for name in signer.header_names)
-        return frozenset(name.lower() for name in names if not name.lower().endswith(("id", "timestamp")))
+        return frozenset(name.lower() for name in names if not name.lower().endswith(("-id", "-timestamp")))
 
     def _headers(
         self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, body: bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING
 from hookwright._envelope import CallableEnvelope, Envelope, StandardEnvelope
 from hookwright._errors import ConfigurationError
 from hookwright._retry import RetryPolicy
-from hookwright._signing import HEADER_NAME, Signer, StandardWebhooks
+from hookwright._signing import HEADER_NAME, Ed25519Webhooks, Signer, StandardWebhooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from hookwright._envelope import Content
 
@@ -66,10 +67,9 @@ class Profile:
     """Envelope, signers, headers, retry policy and timeouts, under one name that endpoints refer to.
 
     `envelope` renders the body: an Envelope, or a function from Content to bytes. Every one of the `signers` signs
-    every attempt; where two set the same header, as the two kinds of Standard Webhooks do, the values are joined with a
-    space. An endpoint's secret must suit all of them. A profile named `default` in the dispatcher's `profiles` replaces
-    the default one; `endpoints.create(..., profile="patient")` chooses another. `headers` are sent with each attempt;
-    their values may name `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}`
+    every attempt. An endpoint's secret must suit all of them. A profile named `default` in the dispatcher's `profiles`
+    replaces the default one; `endpoints.create(..., profile="patient")` chooses another. `headers` are sent with each
+    attempt; their values may name `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}`
     (seconds).
 
     Raises ConfigurationError for what cannot work.
@@ -95,7 +95,7 @@ class Profile:
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
-        if not hasattr(self.envelope, "render") and not callable(self.envelope):
+        if isinstance(self.envelope, type) or not (hasattr(self.envelope, "render") or callable(self.envelope)):
             raise ConfigurationError(f"Profile: envelope must be an Envelope or a function, not {self.envelope!r}")
         if not isinstance(self.retry, RetryPolicy):
             raise ConfigurationError(
@@ -103,6 +103,7 @@ class Profile:
             )
         if not isinstance(self.timeouts, Timeouts):
             raise ConfigurationError(f"Profile: timeouts: give Timeouts(total=30.0) or the like, not {self.timeouts!r}")
+        self._check_signers()
         signed = {name.lower() for signer in self.signers for name in signer.header_names}
         for name, value in self.headers.items():
             _check_header(name, value)
@@ -110,6 +111,19 @@ class Profile:
                 raise ConfigurationError(f"Profile: {name} is set by a signer or the connection: leave it out")
         if len({name.lower() for name in self.headers}) < len(self.headers):
             raise ConfigurationError("Profile: headers names two that differ in case only: they are the same header")
+
+    def _check_signers(self) -> None:
+        if not isinstance(self.signers, Sequence) or not all(hasattr(signer, "sign") for signer in self.signers):
+            raise ConfigurationError(f"Profile: signers: give a list, [StandardWebhooks()], not {self.signers!r}")
+        signed = {name.lower(): name for signer in self.signers for name in signer.header_names}
+        for name in {name for signer in self.signers for name in signer.header_names}:
+            if (is_reserved(name) and not name.lower().startswith("webhook-")) or signed[name.lower()] != name:
+                raise ConfigurationError(f"Profile: no signer can set {name}: it is the connection's or another's")
+        if {StandardWebhooks, Ed25519Webhooks} <= {type(signer) for signer in self.signers}:
+            raise ConfigurationError(
+                "Profile: StandardWebhooks and Ed25519Webhooks need two kinds of secrets: make two profiles, and move"
+                " endpoints with rotate_secret(profile=...)"
+            )
 
     @property
     def renderer(self) -> Envelope:

@@ -83,6 +83,9 @@ class _Schedule(wait_base):
         self.jitter = jitter
         self.random = random
 
+    def __repr__(self) -> str:
+        return f"schedule{self.delays!r}"
+
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         # After attempt n comes the delay before attempt n + 1; a manual retry may outlive the table: its last entry.
         position = min(retry_state.attempt_number, len(self.delays) - 1)
@@ -133,6 +136,9 @@ class RetryPolicy:
         self._retry = retry
         self._ceiling = ceiling
         self._retrying = tenacity.AsyncRetrying(reraise=True)
+
+    def __repr__(self) -> str:
+        return f"RetryPolicy(wait={self._wait!r}, stop={self._stop!r}, retry={self._retry!r})"
 
     @classmethod
     def schedule(cls, *delays: float, jitter: float = 0.0, random: Random | None = None) -> RetryPolicy:

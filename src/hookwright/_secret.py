@@ -31,7 +31,13 @@ class Secret:
 
     @classmethod
     def text(cls, text: str) -> Self:
-        """Return a secret of any text."""
+        """Return a secret of any text. Raises ValidationFailed for what is none, or cannot be UTF-8."""
+        try:
+            if not isinstance(text, str):
+                raise ValidationFailed("secret", f"must be text, not {type(text).__name__}")
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValidationFailed("secret", "holds half a surrogate pair, which is no text") from None
         secret = object.__new__(cls)
         object.__setattr__(secret, "_text", text)
         object.__setattr__(secret, "_hmac", None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from hookwright._addresses import NetworkPolicy
+from hookwright._catalogue import Catalogue
 from hookwright._clock import Clock
 from hookwright._delivery import longest_timeout
 from hookwright._errors import ConfigurationError
@@ -62,17 +63,21 @@ def id_prefix(prefix: str) -> str:
     return prefix.removesuffix("_")
 
 
-def check_parts(profiles: object, network: object, transport: object, clock: object) -> None:
+def check_parts(profiles: object, network: object, transport: object, clock: object, catalogue: object) -> None:
     """Raise ConfigurationError for parts that are not what they should be; None is the default."""
     wanted: dict[str, tuple[object, type]] = {
         "profiles": (profiles, Mapping),
         "network": (network, NetworkPolicy),
         "transport": (transport, Transport),
         "clock": (clock, Clock),
+        "catalogue": (catalogue, Catalogue),
     }
     for name, (part, kind) in wanted.items():
         if part is not None and not isinstance(part, kind):
             raise ConfigurationError(f"{name}: must be a {kind.__name__}, not {part!r}")
+    if isinstance(catalogue, Catalogue) and isinstance(profiles, Mapping):
+        for profile in profiles.values():
+            catalogue.check_envelope(getattr(profile, "envelope", None))
 
 
 def storage_of(storage: str | Storage) -> Storage:

@@ -57,9 +57,9 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     check_type(new.type)
     if new.type.startswith(RESERVED):
         raise ValidationFailed("type", f"types that begin with {RESERVED!r} are hookwright's own: choose another name")
-    if catalogue is not None:
-        catalogue.check(new.type, new.data)
     encoded = _encode(new.data)
+    if catalogue is not None:
+        catalogue.check(new.type, new.data, encoded)
     listed = _attributes(new.attributes)
     if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
         raise ValidationFailed("tenant", "must be text or None")
@@ -67,7 +67,8 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     digest = None
     if new.idempotency_key is not None or new.event_id is not None:
         # It tells a repeated emit from another one under the same key or id. The order of keys counts.
-        digest = hashlib.sha256(b"\0".join([new.type.encode(), repr(new.tenant).encode(), encoded])).digest()
+        told = repr((new.type, new.tenant, new.endpoint_id)).encode()
+        digest = hashlib.sha256(b"\0".join([told, encoded])).digest()
     event = EventRow(
         id=new_id("evt", clock.now()) if new.event_id is None else _event_id(new.event_id),
         type=new.type,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     Pairs = list[tuple[Any, Any]]
 
 
+__all__ = ["Revealing", "VerificationFailed", "Verified", "Verifier"]
+
+
 class VerificationFailed(Exception):
     """The request is not authentic, or too old: answer 401 and do nothing. The message holds no secret."""
 

@@ -204,7 +204,7 @@ class Storage(ABC):
         """Make those of the deliveries that are in one of the states available now, with a new budget; say how many.
 
         Left as they are: leased rows, rows of disabled or deleted endpoints (nobody would ever send or sweep them), and
-        of expunged events. The cost is that of the ids given.
+        of expunged events and tests. The cost is that of the ids given.
         """
 
     @abstractmethod

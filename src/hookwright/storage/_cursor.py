@@ -19,7 +19,7 @@ def encode_cursor(kind: str, filters: object, position: str) -> str:
 def decode_cursor(cursor: str, kind: str, filters: object) -> str:
     """Return the position. Raises ValidationFailed for a cursor that we did not make, or made for another list."""
     try:
-        raw = base64.urlsafe_b64decode(cursor.encode())
+        raw = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True)
         position = raw[_CHECK:].decode()
     except (AttributeError, binascii.Error, ValueError):
         raw, position = b"", ""

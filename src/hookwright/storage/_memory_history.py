@@ -11,6 +11,7 @@ from hookwright._clock import FOREVER, to_datetime
 from hookwright._errors import ConflictError, NotFound, StorageClosed
 from hookwright._models import (
     NO_HEALTH,
+    TEST_TYPE,
     Attempt,
     AttemptRecord,
     Delivery,
@@ -100,7 +101,7 @@ class MemoryHistory(Storage):
         self._serving = 0
         self._events: dict[str, tuple[EventRow, int, int]] = {}
         self._event_rows: dict[str, list[MemoryRow]] = {}
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str | None, str] = {}
         self._expunged: dict[str, int] = {}
         self._rows: dict[str, MemoryRow] = {}
         self._endpoints: dict[str, EndpointRow] = {}
@@ -206,7 +207,7 @@ class MemoryHistory(Storage):
     def _can_go_on(self, row: MemoryRow) -> bool:
         endpoint = self._endpoints[row.endpoint_id]
         stopped = endpoint.deleted or endpoint.state is EndpointState.DISABLED
-        return not stopped and row.event.id not in self._expunged
+        return not stopped and row.event.id not in self._expunged and row.event.type != TEST_TYPE
 
     async def cancel(self, delivery_ids: Sequence[str]) -> list[str]:
         """See `Storage.cancel`."""
@@ -267,7 +268,7 @@ class MemoryHistory(Storage):
         ][:SWEEP_ROWS]
         for id in old:
             event, _, _ = self._events.pop(id)
-            self._keys.pop(event.idempotency_key or "", None)
+            self._keys.pop(event.idempotency_key, None)
             self._expunged.pop(id, None)
             for row in self._event_rows.pop(id):
                 del self._rows[row.id]
@@ -309,7 +310,7 @@ def to_delivery(row: MemoryRow) -> Delivery:
         state=row.state,
         attempt_count=len(row.attempts),
         created_at=to_datetime(row.created_at),
-        next_attempt_at=None if row.scheduled_at is None else to_datetime(row.scheduled_at or row.created_at),
+        next_attempt_at=None if row.scheduled_at is None else to_datetime(row.scheduled_at or row.since),
         finished_at=None if row.finished_at is None else to_datetime(row.finished_at),
         last_status=row.last_status,
         last_error=row.last_error,

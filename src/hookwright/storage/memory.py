@@ -85,12 +85,15 @@ class MemoryStorage(MemoryHistory):
     async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
         """See `Storage.enqueue`."""
         now = self._now()
-        known = event.id if event.id in self._events else self._keys.get(event.idempotency_key or "")
+        by_key = None if event.idempotency_key is None else self._keys.get(event.idempotency_key)
+        known = event.id if event.id in self._events else by_key
         if known is not None:
             stored, _, count = self._events[known]
             if stored.digest != event.digest:
                 name = "event_id" if known == event.id else "idempotency_key"
-                raise ConflictError(f"{name}: it was used before for another type, data or tenant (event {known})")
+                raise ConflictError(
+                    f"{name}: it was used before for another type, data, target or tenant (event {known})"
+                )
             return Receipt(known, count, duplicate=True)
         if endpoints_revision != self._revision:
             raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
@@ -124,7 +127,7 @@ class MemoryStorage(MemoryHistory):
 
     def _forget(self, event_id: str) -> None:
         event, _, _ = self._events.pop(event_id)
-        self._keys.pop(event.idempotency_key or "", None)
+        self._keys.pop(event.idempotency_key, None)
         for row in self._event_rows.pop(event_id):
             del self._rows[row.id]
             self._lanes[row.endpoint_id].rows.pop(row.id, None)

@@ -59,7 +59,7 @@ class VirtualClock(Clock):
         return self._now
 
     def wall(self) -> int:
-        """Virtual wall time."""
+        """Virtual wall time in microseconds UTC; a Verifier wants seconds: `now=lambda: clock.wall() / 1e6`."""
         return self._wall
 
     def set_wall(self, moment: datetime) -> None:

@@ -79,6 +79,9 @@ CREATE INDEX hookwright_delivery_endpoint ON hookwright_delivery (endpoint_id, i
 CREATE INDEX hookwright_delivery_unsuccessful ON hookwright_delivery (state, id)
 WHERE state IN ('failed', 'cancelled', 'skipped');
 
+CREATE INDEX hookwright_delivery_endpoint_unsuccessful ON hookwright_delivery (endpoint_id, state, id)
+WHERE state IN ('failed', 'cancelled', 'skipped');
+
 CREATE TABLE hookwright_attempt (
     delivery_id TEXT NOT NULL,
     number INTEGER NOT NULL,

@@ -76,7 +76,7 @@ def _is_keyed(event: EventRow) -> bool:
 
 def _duplicate(database: Database, event: EventRow) -> Receipt | None:
     # Two look-ups by unique index: an OR would scan.
-    select = "SELECT id, digest, delivery_count FROM hookwright_event WHERE "
+    select = "SELECT id, digest, delivery_count, tenant FROM hookwright_event WHERE "
     found = database.execute(select + "id = ?", (event.id,)).fetchone()
     if found is None and event.idempotency_key is not None:
         found = database.execute(select + "idempotency_key = ?", (event.idempotency_key,)).fetchone()
@@ -84,9 +84,9 @@ def _duplicate(database: Database, event: EventRow) -> Receipt | None:
         return None
     if found[1] != event.digest:
         key = "event_id" if found[0] == event.id else "idempotency_key"
-        raise ConflictError(
-            f"{key}: it was used before for another type, data or tenant (event {found[0]}); use a new one"
-        )
+        # Another tenant's ids are not told.
+        which = f" (event {found[0]})" if found[3] == event.tenant else ""
+        raise ConflictError(f"{key}: used before for another type, data, target or tenant{which}; use a new one")
     return Receipt(found[0], found[2], duplicate=True)
 
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hookwright._errors import ConflictError, NotFound
+from hookwright._models import TEST_TYPE
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.storage.sqlite._claim import record_interruption
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
@@ -25,7 +26,8 @@ def requeue(database: Database, delivery_ids: Sequence[str], states: Collection[
         "SELECT d.id, d.endpoint_id FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id"
         " JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id"
         " WHERE d.id IN (SELECT value FROM json_each(?)) AND d.state IN (SELECT value FROM json_each(?))"
-        " AND d.token IS NULL AND p.deleted = 0 AND p.state <> 'disabled' AND e.expunged_at IS NULL",
+        " AND d.token IS NULL AND p.deleted = 0 AND p.state <> 'disabled' AND e.expunged_at IS NULL"
+        f" AND e.type <> '{TEST_TYPE}'",
         (json.dumps(list(delivery_ids)), json.dumps([state.value for state in states])),
     ).fetchall()
     database.executemany(
