@@ -416,6 +416,28 @@ async def test_the_index_of_unsuccessful_deliveries_is_used(tmp_path: Path) -> N
         assert "hookwright_delivery_unsuccessful" in plan[0][3]
 
 
+async def test_a_page_of_the_last_hour_does_not_read_the_whole_history(sqlite_url: str, clock: VirtualClock) -> None:
+    async with Dispatcher(sqlite_url, transport=FakeTransport(), clock=clock) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        moments = []
+        for _ in range(30):
+            moments.append(datetime.fromtimestamp(clock.now() / 1e6, UTC))
+            for _ in range(3):
+                await dispatcher.emit("a")
+            await clock.advance(45)
+        await dispatcher.drain(timeout=10)
+        for number, since in enumerate(moments):
+            assert await dispatcher.deliveries.count(since=since) == 3 * (30 - number)
+            assert await dispatcher.deliveries.count(since=since, endpoint_id=endpoint.id) == 3 * (30 - number)
+        storage = dispatcher._storage
+        assert isinstance(storage, SQLiteStorage)
+        where = DeliveryFilter(since=round(moments[-1].timestamp() * 1e6), endpoint_id=endpoint.id)
+        condition, values = _history._condition(where)
+        sql = f"EXPLAIN QUERY PLAN {_history._DELIVERY} WHERE {condition} ORDER BY d.id DESC LIMIT 51"
+        plan = await storage._read(lambda database: database.execute(sql, values).fetchall())
+        assert "(endpoint_id=? AND id>?)" in plan[0][3]
+
+
 async def test_what_is_sent_again_is_due_now(storage_url: str) -> None:
     clock, transport = VirtualClock(), FakeTransport(500)
     profiles = {"default": Profile(retry=RetryPolicy.schedule(0))}

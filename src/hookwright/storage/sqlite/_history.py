@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookwright._clock import to_datetime
+from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import NotFound
 from hookwright._models import Attempt, AttemptRecord, Delivery, DeliveryState, Event, Page, to_attempt
 from hookwright.storage._base import BACKLOG_COUNTED, STATS_ROWS, SWEEP_ROWS, Backlog
@@ -118,6 +118,15 @@ def prune(database: Database, event_ids: list[str]) -> int:
     return int(database.execute(f"DELETE FROM hookwright_event WHERE id IN {events}", (ids,)).rowcount)
 
 
+# Ids sort by the time of the emit, a little before the row's own: so `since` bounds a walk along the ids as well, and a
+# page of the last hour does not read a history of years.
+_AFTER_ID = """d.id > coalesce((
+    SELECT max(x.id) FROM hookwright_delivery AS x WHERE x.event_id = (
+        SELECT id FROM hookwright_event WHERE created_at < ? AND delivery_count > 0 ORDER BY created_at DESC LIMIT 1
+    )
+), '')"""
+_ID_LAG = 60 * SECOND
+
 _UNSUCCESSFUL = {DeliveryState.FAILED, DeliveryState.CANCELLED, DeliveryState.SKIPPED}
 UNSUCCESSFUL = "d.state IN ('failed', 'cancelled', 'skipped')"
 
@@ -128,6 +137,7 @@ def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
         "d.event_id = ?": where.event_id,
         "e.type = ?": where.event_type,
         "d.created_at >= ?": where.since,
+        _AFTER_ID: None if where.since is None else where.since - _ID_LAG,
         "d.created_at < ?": where.until,
         "e.tenant = ?": where.tenant,
     }
