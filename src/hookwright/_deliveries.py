@@ -43,7 +43,7 @@ _POLL = 0.25
 REPLAYED = (DeliveryState.FAILED, DeliveryState.SKIPPED, DeliveryState.CANCELLED)
 """What `replay` sends again unless told otherwise."""
 
-_BATCH = 500
+_BATCH = 200
 """Deliveries that bulk operations change in one transaction: a bigger one would make others wait."""
 
 
