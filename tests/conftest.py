@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from hookwright.testing import VirtualClock
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 URL = "https://receiver.example/hooks"
@@ -27,3 +29,15 @@ def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'hooks.db'}"
+
+
+async def until(condition: Callable[[], object] | Callable[[], Awaitable[object]], timeout: float = 10) -> None:
+    """Wait for the thing itself, looking again and again."""
+    async with asyncio.timeout(timeout):
+        while True:
+            met = condition()
+            if asyncio.iscoroutine(met):
+                met = await met
+            if met:
+                return
+            await asyncio.sleep(0.001)  # not 0: a loop that spins keeps the interpreter's lock from SQLite's thread

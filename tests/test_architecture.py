@@ -22,6 +22,7 @@ SOURCE = ROOT / "src" / "hookwright"
 LINES = [
     ["_errors", "_version", "storage.sql", "transport", "storage"],
     ["_clock", "_deadlines", "_ids", "_secret"],
+    ["_health"],
     ["_models"],
     ["_envelope", "_signing", "_addresses", "_observe", "transport._base", "storage._base"],
     ["_catalogue", "_retry"],

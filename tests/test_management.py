@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 from datetime import UTC, datetime, timedelta
@@ -30,7 +29,7 @@ from hookwright import (
     ValidationFailed,
 )
 from hookwright.testing import FakeTransport, VirtualClock
-from tests.conftest import URL
+from tests.conftest import URL, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -154,8 +153,7 @@ async def test_a_retry_that_cannot_be_says_why(dispatcher: Dispatcher, transport
     await dispatcher.endpoints.enable(delivery.endpoint_id)
     transport.respond(URL, transport.hang)
     await dispatcher.deliveries.retry(delivery_id)
-    while len(transport.requests) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(transport.requests) == 2)
     with pytest.raises(ConflictError, match="right now"):
         await dispatcher.deliveries.retry(delivery_id)
     transport.release()
@@ -187,8 +185,7 @@ async def test_cancelling_in_flight_is_at_once_and_the_late_result_is_lost(
     transport.respond(URL, transport.hang)
     await dispatcher.endpoints.create(URL, events=["*"])
     receipt = await dispatcher.emit("video.ready")
-    while not transport.requests:
-        await asyncio.sleep(0.001)
+    await until(lambda: transport.requests)
     [delivery] = (await dispatcher.deliveries.list()).items
     cancelled = await dispatcher.deliveries.cancel(delivery.id)
     assert (cancelled.state, cancelled.attempt_count, cancelled.last_error) == ("cancelled", 1, "interrupted")

@@ -36,8 +36,8 @@ from hookwright.receiver import Verifier
 from hookwright.storage._base import ClaimRequest, DeliveryFilter
 from hookwright.storage.sqlite import _history
 from hookwright.testing import FakeTransport, VirtualClock
-from tests.conftest import URL
-from tests.test_worker import Gauge, until
+from tests.conftest import URL, until
+from tests.test_worker import Gauge
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,11 +26,9 @@ from hookwright import (
     WorkerFailed,
 )
 from hookwright.testing import FakeTransport, VirtualClock
-from tests.conftest import URL
+from tests.conftest import URL, until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from hookwright import Failure, Response
 
 
@@ -55,17 +53,6 @@ class Gauge(FakeTransport):
             return await super().send(request)
         finally:
             self.now[request.url] -= 1
-
-
-async def until(condition: Callable[[], object] | Callable[[], Awaitable[object]], timeout: float = 10) -> None:
-    async with asyncio.timeout(timeout):
-        while True:
-            met = condition()
-            if asyncio.iscoroutine(met):
-                met = await met
-            if met:
-                return
-            await asyncio.sleep(0.001)  # not 0: a loop that spins keeps the interpreter's lock from SQLite's thread
 
 
 async def test_an_endpoint_never_has_more_in_flight_than_its_cap(storage_url: str) -> None:

@@ -206,10 +206,9 @@ class Catalogue:
 
     def check_pattern(self, pattern: str) -> None:
         """Raise ValidationFailed unless the pattern matches a declared type (or one of ours)."""
-        prefix = pattern.removesuffix("*")
         if pattern == "*" or pattern.startswith(RESERVED):
             return
-        if not any(name.startswith(prefix) if pattern.endswith(".*") else name == pattern for name in self._types):
+        if not any(pattern in candidates(name) for name in self._types):
             raise ValidationFailed("events", f"{pattern!r} matches nothing in the catalogue: {self._listed()}")
 
     def json_schema(self, name: str) -> dict[str, Any]:

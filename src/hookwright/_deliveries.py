@@ -7,7 +7,6 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from hookwright._clock import from_datetime
-from hookwright._endpoints import lease_of
 from hookwright._errors import ConflictError, NotFound, ValidationFailed, WaitTimeout
 from hookwright._explain import MASK, match_of
 from hookwright._models import (
@@ -20,6 +19,7 @@ from hookwright._models import (
     check_id,
     check_limit,
 )
+from hookwright._prepare import lease_of
 from hookwright._snapshot import check_aware
 from hookwright.storage._base import DeliveryFilter
 
@@ -184,6 +184,7 @@ class Deliveries:
         Raises ValidationFailed when pending deliveries are asked for, or none; ConflictError when the one endpoint that
         is named is disabled, NotFound when it is unknown.
         """
+        self._check_usable()
         states = _states(status)
         if not states or DeliveryState.PENDING in states:
             raise ValidationFailed("status", "must name what has ended: failed, skipped, cancelled or succeeded")
@@ -212,6 +213,8 @@ class Deliveries:
     ) -> int:
         """Cancel all pending deliveries that `list` would list with these filters; return how many."""
 
+        self._check_usable()
+
         async def end(ids: builtins.list[str]) -> int:
             cancelled = await self._storage.cancel(ids)
             self._on_cancelled(cancelled)
@@ -221,7 +224,6 @@ class Deliveries:
         return await self._in_batches(end, where)
 
     async def _in_batches(self, change: Callable[[builtins.list[str]], Awaitable[int]], where: DeliveryFilter) -> int:
-        self._check_usable()
         total, cursor = 0, None
         while True:
             page = await self._storage.list_deliveries(where, limit=_BATCH, cursor=cursor)

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from hookwright._blank import blank, blank_text
+from hookwright._blank import blank, blank_text, secrets_of
 from hookwright._catalogue import RESERVED
 from hookwright._clock import SECOND, to_datetime
 from hookwright._deadlines import Deadlines
 from hookwright._errors import ConflictError, StorageClosed, StorageError
-from hookwright._models import AttemptRecord, Change, DeliveryState, Outcome
+from hookwright._health import Change
+from hookwright._models import AttemptRecord, DeliveryState, Outcome
 from hookwright._observe import (
     AttemptFailed,
     AttemptStarted,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hookwright._clock import Clock
-    from hookwright._models import Emission, HealthPolicy, Lease, Settled
+    from hookwright._health import HealthPolicy
+    from hookwright._models import Emission, Lease, Settled
     from hookwright._observe import ObserverHub
     from hookwright._prepare import Preparer
     from hookwright._profile import Profile
@@ -129,9 +131,7 @@ class Deliverer:
 
         Raises ConflictError when nothing can be sent.
         """
-        speaking = self._preparer.find(lease)
-        prepared: Unusable | Unrenderable | Prepared
-        prepared = speaking if isinstance(speaking, Unusable) else self._preparer.prepare(lease, *speaking)
+        prepared = self._preparer.prepare(lease)
         if isinstance(prepared, Unusable):
             raise ConflictError(f"endpoint {lease.endpoint_id} cannot be sent to: {prepared.reason or 'deleted'}")
         if isinstance(prepared, Unrenderable):
@@ -148,7 +148,7 @@ class Deliverer:
         given_up = self._poisoned(lease, speaking.profile)
         if given_up is not None:
             return given_up
-        prepared = self._preparer.prepare(lease, *speaking)
+        prepared = self._preparer.render(lease, *speaking)
         if isinstance(prepared, Unrenderable):
             record = _render_error(self._clock.now(), prepared)
             return self._ended_unsent(lease, DeliveryState.FAILED, record)
@@ -379,13 +379,14 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
             detail=answer.detail or None,
             body_sha256=prepared.body_sha256,
         )
+    secrets = secrets_of(prepared) if answer.body or answer.headers else ()
     return AttemptRecord(
         sent.started_at,
         sent.duration,
         status=answer.status,
         error=None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
-        response_headers=tuple((name, blank_text(value, prepared)) for name, value in answer.headers),
-        response_body=blank(answer.body, prepared, truncated=answer.truncated),
+        response_headers=tuple((name, blank_text(value, secrets)) for name, value in answer.headers),
+        response_body=blank(answer.body, secrets, truncated=answer.truncated),
         response_truncated=answer.truncated,
         body_sha256=prepared.body_sha256,
     )

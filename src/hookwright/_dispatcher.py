@@ -33,7 +33,6 @@ from hookwright._settings import check_parts, check_settings, health_policy, id_
 from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
-from hookwright.storage._base import SWEEP_ROWS, Storage
 from hookwright.transport.httpx import HttpxTransport
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from hookwright._models import AttributeValue
     from hookwright._observe import Observation, Subscription
     from hookwright._retry import Random
+    from hookwright.storage._base import Storage
     from hookwright.transport._base import Transport
 
     ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
@@ -459,7 +459,7 @@ class Dispatcher:
     async def _prune(self, retention: timedelta) -> None:
         while True:
             before = self._clock.now() - round(retention.total_seconds() * SECOND)
-            while await self._guarded(partial(self._storage.prune, before)) == SWEEP_ROWS:
+            while await self._guarded(partial(self._storage.prune, before)):
                 pass
             await self._clock.sleep(_RETENTION_INTERVAL)
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic_core import to_json
 
 from hookwright._clock import from_datetime
-from hookwright._endpoints import lease_of
 from hookwright._errors import NotFound, StaleEndpoints, ValidationFailed
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
 from hookwright._ids import new_id
 from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
+from hookwright._prepare import lease_of
 from hookwright._snapshot import NewEvent, TypedValues, check_aware, snapshot
 
 if TYPE_CHECKING:

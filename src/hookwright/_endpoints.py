@@ -44,6 +44,7 @@ from hookwright._models import (
     to_attempt,
 )
 from hookwright._observe import EndpointDisabled
+from hookwright._prepare import lease_of
 from hookwright._secret import Secret
 from hookwright._snapshot import check_aware
 
@@ -380,29 +381,6 @@ class Endpoints:
         is_number = isinstance(row.timeout, (int, float)) and not isinstance(row.timeout, bool)
         if row.timeout is not None and not (is_number and 0 < row.timeout <= longest):
             raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 10 s")
-
-
-def lease_of(event: EventRow, delivery: NewDelivery, now: int) -> Lease:
-    """Return a lease of a delivery that is not in the storage, and that nobody can settle."""
-    return Lease(
-        delivery.id,
-        "",
-        now,
-        delivery.endpoint_id,
-        event.id,
-        event.type,
-        event.data,
-        event.tenant,
-        event.occurred_at,
-        created_at=now,
-        since=now,
-        due_at=now,
-        number=1,
-        spent=0,
-        interruptions=0,
-        taken_over=False,
-        proven=False,
-    )
 
 
 def to_stats(attempts: Sequence[tuple[int, bool]]) -> EndpointStats:

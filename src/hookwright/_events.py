@@ -8,7 +8,6 @@ from hookwright._clock import from_datetime
 from hookwright._errors import NotFound
 from hookwright._models import check_id
 from hookwright._snapshot import check_aware
-from hookwright.storage._base import SWEEP_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +55,6 @@ class Events:
         total = 0
         while True:
             pruned = await self._storage.prune(moment)
-            total += pruned
-            if pruned < SWEEP_ROWS:
+            if not pruned:
                 return total
+            total += pruned

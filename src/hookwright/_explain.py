@@ -69,8 +69,7 @@ def masked(headers: Iterable[tuple[str, str]], endpoint: CachedEndpoint) -> tupl
 
 def match_of(preparer: Preparer, lease: Lease, endpoint: CachedEndpoint) -> Match:
     """Return what would be sent for a lease."""
-    speaking = preparer.find(lease)
-    prepared = speaking if isinstance(speaking, Unusable) else preparer.prepare(lease, *speaking)
+    prepared = preparer.prepare(lease)
     problem = None
     if isinstance(prepared, Unusable):
         problem = prepared.reason

@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ValidationFailed
+from hookwright._health import NO_HEALTH, Change, EndpointHealth
 from hookwright._secret import Secret  # noqa: TC001  # the same
 
 T = TypeVar("T")
@@ -288,18 +289,6 @@ class NewDelivery(NamedTuple):
     skipped: bool = False
 
 
-class EndpointHealth(NamedTuple):
-    """How an endpoint does. Times in microseconds UTC; `last_at` is when it answered, or failed to, last."""
-
-    consecutive_failures: int = 0
-    failing_since: int | None = None
-    last_success: bool | None = None
-    last_at: int | None = None
-
-
-NO_HEALTH = EndpointHealth()
-
-
 class Key(NamedTuple):
     """A signing secret as it is stored. `expires_at` (microseconds UTC): when it stops signing; None is never."""
 
@@ -446,25 +435,6 @@ class Outcome(NamedTuple):
     alerts: Sequence[tuple[str, Emission]] = ()
 
 
-class HealthPolicy(NamedTuple):
-    """When an endpoint is called failing, and when it is disabled: after so many failures in a row, for so long.
-
-    `disable_after` is in microseconds; None never disables.
-    """
-
-    failing_at: int = 4
-    disable_after: int | None = 5 * 24 * 3600 * SECOND
-    disable_failures: int = 20
-
-
-class Change(StrEnum):
-    """What a settled outcome changed about its endpoint."""
-
-    FAILING = "failing"
-    RECOVERED = "recovered"
-    DISABLED = "disabled"
-
-
 class Settled(NamedTuple):
     """Whether the lease still held (if not, nothing was written), and what became of delivery and endpoint.
 
@@ -480,12 +450,3 @@ class Settled(NamedTuple):
     changes: tuple[Change, ...] = ()
     reason: str | None = None
     stopped: bool = False
-
-
-COOL_DOWN_MOST = 60 * SECOND
-"""An endpoint that asks for a pause gets 1 s, doubled each time in a row, at most this."""
-
-
-def cool_down(in_a_row: int, factor: float) -> int:
-    """Return for how many microseconds a lane is closed after so many throttled outcomes in a row."""
-    return round(min(COOL_DOWN_MOST, SECOND << min(max(0, in_a_row - 1), 16)) * factor)

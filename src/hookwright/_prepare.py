@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hookwright._clock import SECOND
 from hookwright._envelope import Content, UnfitData
 from hookwright._errors import ValidationFailed
+from hookwright._models import Lease
 from hookwright.transport._base import Request
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from hookwright._clock import Clock
     from hookwright._matching import CachedEndpoint, EndpointCache
-    from hookwright._models import Lease
+    from hookwright._models import EventRow, NewDelivery
     from hookwright._profile import Profile
 
 
@@ -80,7 +81,12 @@ class Preparer:
             return Unusable(f"this process has no profile {endpoint.row.profile!r}")
         return Speaking(endpoint, profile)
 
-    def prepare(self, lease: Lease, endpoint: CachedEndpoint, profile: Profile) -> Prepared | Unusable | Unrenderable:
+    def prepare(self, lease: Lease) -> Prepared | Unusable | Unrenderable:
+        """Find, render and sign."""
+        speaking = self.find(lease)
+        return speaking if isinstance(speaking, Unusable) else self.render(lease, *speaking)
+
+    def render(self, lease: Lease, endpoint: CachedEndpoint, profile: Profile) -> Prepared | Unusable | Unrenderable:
         """Render and sign."""
         content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
         try:
@@ -156,3 +162,26 @@ class Preparer:
                 # Two kinds of Standard Webhooks share their headers; signatures are a list separated by spaces.
                 signed[name] = value if before == value else f"{before} {value}"
         return signed.items()
+
+
+def lease_of(event: EventRow, delivery: NewDelivery, now: int) -> Lease:
+    """Return a lease of a delivery that is not in the storage, and that nobody can settle."""
+    return Lease(
+        delivery.id,
+        "",
+        now,
+        delivery.endpoint_id,
+        event.id,
+        event.type,
+        event.data,
+        event.tenant,
+        event.occurred_at,
+        created_at=now,
+        since=now,
+        due_at=now,
+        number=1,
+        spent=0,
+        interruptions=0,
+        taken_over=False,
+        proven=False,
+    )

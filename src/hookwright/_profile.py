@@ -13,7 +13,7 @@ from hookwright._retry import RetryPolicy
 from hookwright._signing import HEADER_NAME, Ed25519Webhooks, Signer, StandardWebhooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from hookwright._envelope import Content
 
@@ -103,8 +103,7 @@ class Profile:
             )
         if not isinstance(self.timeouts, Timeouts):
             raise ConfigurationError(f"Profile: timeouts: give Timeouts(total=30.0) or the like, not {self.timeouts!r}")
-        self._check_signers()
-        signed = {name.lower() for signer in self.signers for name in signer.header_names}
+        signed = self._check_signers()
         for name, value in self.headers.items():
             _check_header(name, value)
             if is_reserved(name) or name.lower() in signed or name.lower() == "user-agent":
@@ -112,7 +111,8 @@ class Profile:
         if len({name.lower() for name in self.headers}) < len(self.headers):
             raise ConfigurationError("Profile: headers names two that differ in case only: they are the same header")
 
-    def _check_signers(self) -> None:
+    def _check_signers(self) -> Collection[str]:
+        """Return the names of the headers that the signers set, in lower case."""
         if not isinstance(self.signers, Sequence) or not all(hasattr(signer, "sign") for signer in self.signers):
             raise ConfigurationError(f"Profile: signers: give a list, [StandardWebhooks()], not {self.signers!r}")
         signed = {name.lower(): name for signer in self.signers for name in signer.header_names}
@@ -124,6 +124,7 @@ class Profile:
                 "Profile: StandardWebhooks and Ed25519Webhooks need two kinds of secrets: make two profiles, and move"
                 " endpoints with rotate_secret(profile=...)"
             )
+        return signed
 
     @property
     def renderer(self) -> Envelope:

@@ -11,7 +11,7 @@ from hookwright._catalogue import Catalogue
 from hookwright._clock import Clock
 from hookwright._delivery import longest_timeout
 from hookwright._errors import ConfigurationError
-from hookwright._models import HealthPolicy
+from hookwright._health import HealthPolicy
 from hookwright._profile import Profile
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
-from hookwright._models import HealthPolicy
+from hookwright._health import HealthPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -323,5 +323,5 @@ class Storage(ABC):
     async def prune(self, before: int) -> int:
         """Delete events created before, with deliveries and attempts, unless one is pending; SWEEP_ROWS events at most.
 
-        Returns how many events went.
+        Returns how many events went; 0: there is nothing left to delete.
         """

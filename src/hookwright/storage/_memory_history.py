@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, to_datetime
 from hookwright._errors import ConflictError, NotFound, StorageClosed
+from hookwright._health import NO_HEALTH, EndpointHealth
 from hookwright._models import (
-    NO_HEALTH,
     TEST_TYPE,
     Attempt,
     AttemptRecord,
     Delivery,
     DeliveryState,
     Emission,
-    EndpointHealth,
     EndpointRow,
     EndpointState,
     Event,

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, Clock
 from hookwright._errors import ConflictError, HookwrightError, NotFound, StaleEndpoints, StorageError
+from hookwright._health import Change, EndpointHealth, came_true, cool_down
 from hookwright._ids import new_token
 from hookwright._models import (
-    Change,
     Claim,
     DeliveryState,
-    EndpointHealth,
     EndpointRow,
     EndpointState,
     EventRow,
@@ -23,7 +22,6 @@ from hookwright._models import (
     Page,
     Receipt,
     Settled,
-    cool_down,
 )
 from hookwright.storage._base import (
     DEFAULT_HEALTH,
@@ -41,7 +39,8 @@ from hookwright.storage._memory_history import MemoryHistory, MemoryLane, Memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookwright._models import Emission, HealthPolicy, Outcome
+    from hookwright._health import HealthPolicy
+    from hookwright._models import Emission, Outcome
 
 
 class MemoryStorage(MemoryHistory):
@@ -223,7 +222,7 @@ class MemoryStorage(MemoryHistory):
             self._end(row, outcome.state, now)
         settled = self._update_health(outcome, policy, now)._replace(next_attempt_at=retry_at)
         for name, emission in outcome.alerts:
-            if name in settled.changes or (name == "failed" and outcome.state is DeliveryState.FAILED):
+            if came_true(name, settled.changes, failed=outcome.state is DeliveryState.FAILED):
                 lanes = {id for id, lane in self._lanes.items() if lane.sweep is None}
                 deliveries = [delivery for delivery in emission.deliveries if delivery.endpoint_id in lanes]
                 await self.enqueue(emission.event, deliveries, endpoints_revision=self._revision)
@@ -246,7 +245,13 @@ class MemoryStorage(MemoryHistory):
         pause = cool_down(lane.throttles, outcome.throttled) if outcome.throttled else 0
         if pause or outcome.hold:
             lane.hold_until = max(lane.hold_until, now + max(pause, outcome.hold))
-        reason = self._reason_to_disable(lane.health, outcome, policy, now)
+        reason = policy.reason_to_disable(
+            gone=outcome.gone,
+            counts=outcome.counts,
+            failures=lane.health.consecutive_failures,
+            failing_since=lane.health.failing_since,
+            now=now,
+        )
         is_disabled = self._endpoints[outcome.endpoint_id].state is EndpointState.DISABLED
         if reason and not is_disabled and self._change_state(outcome.endpoint_id, EndpointState.DISABLED, reason, now):
             changes.append(Change.DISABLED)
@@ -259,16 +264,6 @@ class MemoryStorage(MemoryHistory):
             reason if Change.DISABLED in changes else None,
             lane.sweep is not None,
         )
-
-    def _reason_to_disable(
-        self, health: EndpointHealth, outcome: Outcome, policy: HealthPolicy, now: int
-    ) -> str | None:
-        if outcome.gone:
-            return "gone"
-        if not outcome.counts or policy.disable_after is None or health.failing_since is None:
-            return None
-        long_enough = now - health.failing_since >= policy.disable_after
-        return "failing" if long_enough and health.consecutive_failures >= policy.disable_failures else None
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""

@@ -8,7 +8,8 @@ import pytest
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ConflictError, NotFound, ValidationFailed
-from hookwright._models import ALL_TENANTS, DeliveryState, EndpointHealth, EndpointState, Key
+from hookwright._health import EndpointHealth
+from hookwright._models import ALL_TENANTS, DeliveryState, EndpointState, Key
 from hookwright.storage._base import SWEEP_ROWS, DeliveryFilter
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World
 

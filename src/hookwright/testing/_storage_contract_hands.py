@@ -8,14 +8,12 @@ import pytest
 
 from hookwright._clock import SECOND
 from hookwright._errors import ConflictError, NotFound, StaleEndpoints
+from hookwright._health import Change, EndpointHealth, HealthPolicy
 from hookwright._models import (
     AttemptRecord,
-    Change,
     DeliveryState,
     Emission,
-    EndpointHealth,
     EndpointState,
-    HealthPolicy,
 )
 from hookwright.storage._base import DeliveryFilter
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World

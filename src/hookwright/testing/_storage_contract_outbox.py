@@ -9,7 +9,8 @@ import pytest
 
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ConflictError, NotFound, StaleEndpoints
-from hookwright._models import Change, DeliveryState, EndpointState, Lease, Receipt, Settled
+from hookwright._health import Change
+from hookwright._models import DeliveryState, EndpointState, Lease, Receipt, Settled
 from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.testing._storage_contract_base import LEASE, START, ContractBase, World
 

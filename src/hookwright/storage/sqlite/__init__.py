@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from hookwright._clock import Clock
     from hookwright._errors import HookwrightError
+    from hookwright._health import HealthPolicy
     from hookwright._models import (
         Attempt,
         AttemptRecord,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
         EndpointState,
         Event,
         EventRow,
-        HealthPolicy,
         Lease,
         NewDelivery,
         Outcome,
@@ -291,10 +292,13 @@ class SQLiteStorage(Storage):
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""
         # Found by reading, which blocks no writer, and looked at again when they are deleted.
-        found = await self._read(lambda database: _history.prunable(database, before, self._pruned))
-        self._pruned = found[-1] if len(found) == SWEEP_ROWS else (0, "")
-        deleted = await self._write(lambda database, _: _history.prune(database, [event_id for _, event_id in found]))
-        return len(found) if deleted else 0
+        while True:
+            found = await self._read(lambda database: _history.prunable(database, before, self._pruned))
+            self._pruned = found[-1] if len(found) == SWEEP_ROWS else (0, "")
+            ids = [event_id for _, event_id in found]
+            deleted = await self._write(partial(_history.prune, event_ids=ids))
+            if deleted or len(found) < SWEEP_ROWS:
+                return deleted
 
     def _opened(self) -> Owner:
         if self._owner is None:

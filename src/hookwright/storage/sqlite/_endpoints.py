@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
 from hookwright._errors import ConflictError, NotFound
-from hookwright._models import ALL_TENANTS, EndpointHealth, EndpointRow, EndpointState, Key, Page
+from hookwright._health import EndpointHealth
+from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key, Page
 from hookwright.storage._base import Changes, rate_interval
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 from hookwright.storage.sqlite._lanes import bump_revision, revision

@@ -96,7 +96,7 @@ def prunable(database: Database, before: int, after: tuple[int, str]) -> list[tu
     return found
 
 
-def prune(database: Database, event_ids: list[str]) -> int:
+def prune(database: Database, _now: int, *, event_ids: list[str]) -> int:
     """Delete these events, but for those that have a pending delivery by now; say how many."""
     ids = json.dumps(
         [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookwright._models import Change, DeliveryState, Settled, cool_down
+from hookwright._health import Change, came_true, cool_down
+from hookwright._models import DeliveryState, Settled
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
 from hookwright.storage.sqlite._lanes import make_due, revision
@@ -13,7 +14,8 @@ from hookwright.storage.sqlite._lanes import make_due, revision
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hookwright._models import AttemptRecord, HealthPolicy, Outcome
+    from hookwright._health import HealthPolicy
+    from hookwright._models import AttemptRecord, Outcome
     from hookwright.storage.sqlite._owner import Database
 
 MOST_EARNED = 1024
@@ -137,7 +139,13 @@ class _Lanes:
         if outcome.hold or outcome.throttled:
             pause = cool_down(lane.throttles, outcome.throttled) if outcome.throttled else 0
             lane.hold = max(lane.hold, now + max(outcome.hold, pause))
-        reason = _reason_to_disable(lane, outcome, policy, now)
+        reason = policy.reason_to_disable(
+            gone=outcome.gone,
+            counts=outcome.counts,
+            failures=lane.failures,
+            failing_since=lane.failing_since,
+            now=now,
+        )
         if reason is not None and _disable(database, outcome.endpoint_id, reason, now):
             changes.append(Change.DISABLED)
             lane.stopped = True
@@ -163,15 +171,6 @@ class _Lanes:
         )
 
 
-def _reason_to_disable(lane: _Lane, outcome: Outcome, policy: HealthPolicy, now: int) -> str | None:
-    if outcome.gone:
-        return "gone"
-    if not outcome.counts or policy.disable_after is None or lane.failing_since is None:
-        return None
-    long_enough = now - lane.failing_since >= policy.disable_after
-    return "failing" if long_enough and lane.failures >= policy.disable_failures else None
-
-
 def _disable(database: Database, endpoint_id: str, reason: str, now: int) -> bool:
     alive = "SELECT 1 FROM hookwright_endpoint WHERE id = ? AND deleted = 0 AND state <> 'disabled'"
     if database.execute(alive, (endpoint_id,)).fetchone() is None:
@@ -186,7 +185,7 @@ def _tell(database: Database, settled: Iterable[tuple[Outcome, Settled]], now: i
         for outcome, answer in settled
         if answer.held and outcome.alerts
         for name, emission in outcome.alerts
-        if name in answer.changes or (name == "failed" and outcome.state is DeliveryState.FAILED)
+        if came_true(name, answer.changes, failed=outcome.state is DeliveryState.FAILED)
     ]
     if not emissions:
         return
