@@ -166,7 +166,7 @@ def test_a_refusal_names_the_field_and_the_setting_that_would_allow_it() -> None
         assert setting in refused.value.message
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "[::1]:8080", "a.localhost:1"])
+@pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "[::1]:8080", "a.localhost:1024"])
 def test_development_allows_http_and_the_own_machine(host: str) -> None:
     assert NetworkPolicy.development().check_url(f"http://{host}/") == f"http://{host}/"
 
@@ -204,7 +204,8 @@ def test_a_public_address_may_be_dialled(address: str) -> None:
         ("10.0.0.1", "private"),
         ("172.16.0.1", "private"),
         ("192.168.255.255", "private"),
-        ("169.254.169.254", "link-local"),
+        ("169.254.169.254", "cloud metadata"),
+        ("169.254.1.1", "link-local"),
         ("100.127.255.255", "carrier-grade NAT"),
         ("192.0.0.1", "IETF assignments"),
         ("192.0.2.1", "documentation"),

@@ -21,15 +21,16 @@ SOURCE = ROOT / "src" / "hookwright"
 # WITHIN_A_LINE names. Lines 0 to 2 are L0 of docs/design.md, 3 to 5 L1, 6 to 7 L2, 8 to 11 L3, 12 L4, the rest L5.
 LINES = [
     ["_errors", "_version", "storage.sql", "transport", "storage"],
-    ["_clock", "_deadlines", "_ids", "_secret"],
+    ["_clock", "_deadlines", "_ids", "_secret", "_addresses", "_certificate"],
     ["_health"],
     ["_models"],
-    ["_envelope", "_signing", "_addresses", "_observe", "transport._base", "storage._base"],
+    ["_envelope", "_signing", "_observe", "transport._base", "storage._base"],
     ["_catalogue", "_retry"],
     ["_snapshot"],
     ["_profile", "_matching"],
-    ["storage._cursor", "transport._resolver", "storage.sqlite._owner"],
-    ["storage._memory_history"],
+    ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner"],
+    ["storage._memory_history", "transport._dial"],
+    ["transport._tls"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx"],
@@ -46,7 +47,7 @@ LINES = [
 ]
 PUBLIC_NAMES_ONLY = ("testing", "cli", "_demo", "_demo_receivers", "__main__")
 FOREIGN = {
-    "httpx2": {"transport.httpx", "transport._pinned"},
+    "httpx2": {"transport.httpx", "transport._pinned", "transport._tls"},
     "httpcore2": {"transport.httpx", "transport._pinned"},
     "aiosqlite": {"storage.sqlite._owner"},
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},

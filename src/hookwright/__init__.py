@@ -5,6 +5,7 @@ Start with `Dispatcher`. Receivers verify with `hookwright.receiver`; tests use 
 
 from hookwright._addresses import NetworkPolicy
 from hookwright._catalogue import Catalogue
+from hookwright._certificate import ClientCertificate
 from hookwright._clock import Clock
 from hookwright._deliveries import Deliveries
 from hookwright._dispatcher import Dispatcher
@@ -78,6 +79,7 @@ __all__ = [
     "AttemptFailed",
     "AttemptStarted",
     "Catalogue",
+    "ClientCertificate",
     "Clock",
     "CloudEventsEnvelope",
     "ConfigurationError",

@@ -15,7 +15,7 @@ import idna
 from hookwright._errors import ConfigurationError, ValidationFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 URL_LENGTH = 2048
 """Characters of an endpoint's url at most."""
@@ -23,14 +23,13 @@ URL_LENGTH = 2048
 _Network = IPv4Network | IPv6Network
 _Address = IPv4Address | IPv6Address
 
-# IANA special-purpose registries, and 168.63.129.16 (a cloud's metadata on a public address). `is_global` is not
-# enough: it calls multicast, NAT64 of a loopback and several IPv6 carriers of private IPv4 global.
+# IANA special-purpose registries. `is_global` is not enough: it calls multicast, NAT64 of a loopback and several IPv6
+# carriers of private IPv4 global.
 _REFUSED_V4 = {
     "0.0.0.0/8": "this network",
     "10.0.0.0/8": "private",
     "100.64.0.0/10": "carrier-grade NAT",
     "127.0.0.0/8": "loopback",
-    "168.63.129.16/32": "cloud metadata",
     "169.254.0.0/16": "link-local",
     "172.16.0.0/12": "private",
     "192.0.0.0/24": "IETF assignments",
@@ -57,13 +56,41 @@ _MAPPED = IPv6Network("::ffff:0:0/96")
 _NAT64 = IPv6Network("64:ff9b::/96")
 _LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
-_LOCAL_NAMES = re.compile(r"(.*\.)?localhost|metadata\.google\.internal")
+# Where clouds hand out credentials, and whoever can make us ask there has them. Some lie within networks that an
+# application may have a reason to allow; these stay refused even then, unless one is named by itself.
+_METADATA: frozenset[_Address] = frozenset(
+    ipaddress.ip_address(text)
+    for text in (
+        "100.100.100.200",
+        "168.63.129.16",
+        "169.254.169.254",
+        "169.254.170.2",
+        "169.254.170.23",
+        "192.0.0.192",
+        "fd00:ec2::23",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+    )
+)
+
+_LOCAL_NAMES = re.compile(r"(.*\.)?localhost")
+_METADATA_NAMES = frozenset(["metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"])
 _ENDS_IN_NUMBER = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)")
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 # urlsplit drops tabs and line ends silently, and what reads a backslash as a slash sees another host than we do.
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_MASK = "***"
+_TOKEN_LENGTH = 16
+
+# Services that take an HTTP request's lines for commands (the bad ports of the WHATWG Fetch standard, of which those
+# below 1024 are closed anyway), and data stores and daemons that obey whoever reaches them.
+_BAD_PORTS = frozenset(
+    {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
+)
+_DATA_PORTS = frozenset({2375, 2376, 2379, 3306, 5432, 6379, 9200, 11211, 27017})
+_REFUSED_PORTS = _BAD_PORTS | _DATA_PORTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +99,16 @@ class NetworkPolicy:
 
     `allow_http` allows http as well; `allow_loopback` the own machine; `allow` networks of yours, as CIDR texts.
     `local_address` is the source address of every connection (only targets of its family can be reached then).
-    The url is checked when an endpoint is created, and every address its name resolves to at every dial: if one of
-    them is refused, nothing is sent.
+    Ports are 443, 80 where http is allowed, and 1024 up without those of databases and of the WHATWG Fetch standard's
+    bad ports; `allow_ports` adds some. A cloud's metadata addresses stay refused within `allow`, unless one is named
+    by itself (`"169.254.169.254/32"`). The url is checked when an endpoint is created, and every address its name
+    resolves to at every dial: if one of them is refused, nothing is sent.
 
     What is public is an explicit table made from the IANA special-purpose address registries (RFC 6890), applied to
     the address that is dialled; an IPv4-mapped or NAT64 address (RFC 6052) is judged as the IPv4 address it carries.
 
-    Raises ConfigurationError for an `allow` that is no network and for a `local_address` that is no address.
+    Raises ConfigurationError for an `allow` that is no network, a port that is none, and a `local_address` that is no
+    address.
 
     ```python
     from hookwright import NetworkPolicy
@@ -92,8 +122,11 @@ class NetworkPolicy:
     allow_http: bool = False
     allow_loopback: bool = False
     allow: Sequence[str] = ()
+    allow_ports: Collection[int] = ()
     local_address: str | None = None
+    is_delegated: bool = field(default=False, init=False)
     _networks: tuple[_Network, ...] = field(default=(), init=False, repr=False, compare=False)
+    _named: frozenset[_Address] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.allow, str):
@@ -101,6 +134,9 @@ class NetworkPolicy:
         networks = tuple(_network(text) for text in self.allow)
         object.__setattr__(self, "allow", tuple(self.allow))
         object.__setattr__(self, "_networks", networks + (_LOOPBACK if self.allow_loopback else ()))
+        named = frozenset(network.network_address for network in networks if network.num_addresses == 1)
+        object.__setattr__(self, "_named", named)
+        object.__setattr__(self, "allow_ports", _ports(self.allow_ports))
         if self.local_address is not None and _parsed(self.local_address) is None:
             raise ConfigurationError(f"local_address: {self.local_address!r} is no IP address")
 
@@ -108,6 +144,18 @@ class NetworkPolicy:
     def development(cls) -> NetworkPolicy:
         """Return the policy for one's own machine: http and loopback are allowed too."""
         return cls(allow_http=True, allow_loopback=True)
+
+    @classmethod
+    def delegated(cls, *, allow_http: bool = False) -> NetworkPolicy:
+        """Return the policy of an application whose own transport or egress proxy judges addresses.
+
+        Urls are still parsed strictly and must be https (or http, where `allow_http`); which address a name has, and
+        whether it may be reached, is then not ours to decide: any address and port passes. Needed by
+        `HttpxTransport(inner)`, and for nothing else: ours refuses it.
+        """
+        policy = cls(allow_http=allow_http)
+        object.__setattr__(policy, "is_delegated", True)
+        return policy
 
     def check_url(self, url: str, field: str = "url") -> str:
         """Return the url in its canonical form: lower-case ASCII host, no default port, a path.
@@ -127,6 +175,10 @@ class NetworkPolicy:
         self._check_scheme(parts.scheme, field)
         _check_parts(parts, port, url, field)
         host = self._check_host(parts, field)
+        if not self.permits_port(port or _DEFAULT_PORTS[parts.scheme]):
+            raise ValidationFailed(
+                field, f"has the refused port {port}; NetworkPolicy(allow_ports=[{port}]) would allow it"
+            )
         netloc = host if port in {None, _DEFAULT_PORTS[parts.scheme]} else f"{host}:{port}"
         query = f"?{_ascii(parts.query)}" if parts.query else ""
         canonical = f"{parts.scheme}://{netloc}{_ascii(parts.path) or '/'}{query}"
@@ -147,20 +199,33 @@ class NetworkPolicy:
     def _check_host(self, parts: SplitResult, field: str) -> str:
         address, host = _host(parts, field)
         if address is None:
-            if _LOCAL_NAMES.fullmatch(host) and not self.allow_loopback:
-                raise ValidationFailed(
-                    field,
-                    "has a host that names this machine or its cloud (NetworkPolicy(allow_loopback=True) allows it)",
-                )
+            self._check_name(host, field)
             return host
         rule = self.vet(str(address))
         if rule is not None:
-            setting = "allow_loopback=True" if rule == "loopback" else "allow=[...]"
-            raise ValidationFailed(field, f"has a refused address ({rule}); NetworkPolicy({setting}) would allow it")
+            raise ValidationFailed(field, f"has a refused address ({rule}); {advice(rule)}")
         return f"[{address}]" if address.version == 6 else str(address)  # RFC 3986, 3.2.2: IPv6 in brackets
+
+    def _check_name(self, host: str, field: str) -> None:
+        if self.is_delegated:
+            return
+        if _LOCAL_NAMES.fullmatch(host) and not self.allow_loopback:
+            raise ValidationFailed(field, f"has a host that names this machine; {advice('loopback')}")
+        if host in _METADATA_NAMES and not self._named & _METADATA:
+            raise ValidationFailed(field, f"has a host that names its cloud's metadata; {advice('cloud metadata')}")
+
+    def permits_port(self, port: int) -> bool:
+        """Whether the port may be dialled."""
+        if self.is_delegated or port in self.allow_ports or port == 443:
+            return True
+        if port < 1024:
+            return port == 80 and self.allow_http
+        return port not in _REFUSED_PORTS
 
     def vet(self, address: str) -> str | None:
         """Return None when the address may be dialled, else the name of the rule that refuses it."""
+        if self.is_delegated:
+            return None
         parsed = _parsed(address)
         if parsed is None:
             return "not an address"
@@ -169,11 +234,42 @@ class NetworkPolicy:
         if isinstance(parsed, IPv6Address) and (parsed in _MAPPED or parsed in _NAT64):
             # It is the IPv4 address it carries that would be reached.
             parsed = IPv4Address(int(parsed) & 0xFFFFFFFF)
+        if parsed in _METADATA and parsed not in self._named:
+            return "cloud metadata"
         if any(parsed in network for network in self._networks):
             return None
         if isinstance(parsed, IPv6Address) and parsed not in _PUBLIC_V6:
             return "loopback" if parsed.is_loopback else "not public"
         return next((rule for network, rule in _TABLE if parsed in network), None)
+
+
+def masked_url(url: str) -> str:
+    """Return a url as it may be shown: many carry their token in the query, or as a long part of the path."""
+    parts = urlsplit(url)
+    path = "/".join(_MASK if len(part) >= _TOKEN_LENGTH else part for part in parts.path.split("/"))
+    return f"{parts.scheme}://{parts.netloc}{path}{f'?{_MASK}' if parts.query else ''}"
+
+
+def advice(rule: str) -> str:
+    """Return what would allow an address that this rule refuses."""
+    setting = {
+        "loopback": "allow_loopback=True",
+        "cloud metadata": 'allow=["169.254.169.254/32"]',
+        "plain http": "allow_http=True",
+        "port": "allow_ports=[...]",
+    }.get(rule, "allow=[...]")
+    return f"NetworkPolicy({setting}) would allow it"
+
+
+def _ports(ports: Collection[int]) -> frozenset[int]:
+    try:
+        found = frozenset(ports)
+    except TypeError:
+        raise ConfigurationError(f"allow_ports: must be a collection such as [25], not {ports!r}") from None
+    for port in found:
+        if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+            raise ConfigurationError(f"allow_ports: {port!r} is no port from 1 to 65535")
+    return found
 
 
 def _network(text: str) -> _Network:

@@ -22,18 +22,14 @@ from hookwright._endpoints import Endpoints
 from hookwright._errors import ConfigurationError, StorageClosed, StorageError
 from hookwright._events import Events
 from hookwright._matching import EndpointCache
-from hookwright._models import (
-    Health,
-    Receipt,
-)
+from hookwright._models import Health, Receipt
 from hookwright._observe import DeliveryCancelled, ObserverHub
 from hookwright._prepare import Preparer
 from hookwright._profile import Profile
-from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of
+from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of, transport_of
 from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
-from hookwright.transport.httpx import HttpxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -120,7 +116,7 @@ class Dispatcher:
         check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
         network = network or NetworkPolicy()
         self._storage = storage_of(storage)
-        self._transport = transport or HttpxTransport(network=network)
+        self._transport = transport_of(transport, network)
         self._clock = clock or Clock()
         self._shutdown_timeout = shutdown_timeout
         self._retention = retention

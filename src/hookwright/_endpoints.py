@@ -374,6 +374,8 @@ class Endpoints:
         profile = self._profile(row.profile)
         for signer in profile.signers:
             signer.check(Secret.text(row.keys[0].text))
+        if profile.client_certificate is not None and not row.url.startswith("https:"):
+            raise ValidationFailed("url", f"must be https: the profile {row.profile!r} presents a client certificate")
         for name, _ in row.headers:
             if name.lower() in profile.header_names:
                 raise ValidationFailed("headers", f"{name} is set by the profile {row.profile!r}: leave it out")

@@ -118,6 +118,7 @@ class Preparer:
             total_timeout=total,
             connect_timeout=min(total, timeouts.connect),
             dns_timeout=min(total, timeouts.dns),
+            client_certificate=profile.client_certificate,
         )
         return Prepared(request, profile, endpoint, hashlib.sha256(body).digest())
 

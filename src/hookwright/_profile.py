@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from hookwright._certificate import ClientCertificate
 from hookwright._envelope import CallableEnvelope, Envelope, StandardEnvelope
 from hookwright._errors import ConfigurationError
 from hookwright._retry import RetryPolicy
@@ -70,7 +71,7 @@ class Profile:
     every attempt. An endpoint's secret must suit all of them. A profile named `default` in the dispatcher's `profiles`
     replaces the default one; `endpoints.create(..., profile="patient")` chooses another. `headers` are sent with each
     attempt; their values may name `{event_id}`, `{event_type}`, `{delivery_id}`, `{attempt}` (from 1) and `{timestamp}`
-    (seconds).
+    (seconds). `client_certificate` is presented to receivers that ask for one (mutual TLS).
 
     Raises ConfigurationError for what cannot work.
 
@@ -93,6 +94,7 @@ class Profile:
     headers: Mapping[str, str] = field(default_factory=dict)
     retry: RetryPolicy = field(default_factory=RetryPolicy.standard)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    client_certificate: ClientCertificate | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.envelope, type) or not (hasattr(self.envelope, "render") or callable(self.envelope)):
@@ -103,6 +105,8 @@ class Profile:
             )
         if not isinstance(self.timeouts, Timeouts):
             raise ConfigurationError(f"Profile: timeouts: give Timeouts(total=30.0) or the like, not {self.timeouts!r}")
+        if self.client_certificate is not None and not isinstance(self.client_certificate, ClientCertificate):
+            raise ConfigurationError("Profile: client_certificate: give ClientCertificate.from_files(...) or the like")
         signed = self._check_signers()
         for name, value in self.headers.items():
             _check_header(name, value)

@@ -16,7 +16,8 @@ from hookwright._profile import Profile
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import SQLiteStorage
-from hookwright.transport._base import Transport
+from hookwright.transport._base import NetworkBound, Transport
+from hookwright.transport.httpx import HttpxTransport
 
 
 def check_settings(
@@ -92,3 +93,11 @@ def storage_of(storage: str | Storage) -> Storage:
             f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
         )
     return SQLiteStorage(path)
+
+
+def transport_of(transport: Transport | None, network: NetworkPolicy) -> Transport:
+    """Return the transport, ours if None is given; one of ours that has no policy of its own keeps to `network`."""
+    transport = transport or HttpxTransport()
+    if isinstance(transport, NetworkBound):
+        transport.keep_to(network)
+    return transport

@@ -378,8 +378,11 @@ async def test_any_httpx2_transport_may_be_inside() -> None:
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": message["body"]})
 
-    mocked = HttpxTransport(httpx2.MockTransport(lambda request: httpx2.Response(418, content=request.content)))
-    served = HttpxTransport(httpx2.ASGITransport(app))
+    mocked = HttpxTransport(
+        httpx2.MockTransport(lambda request: httpx2.Response(418, content=request.content)),
+        network=NetworkPolicy.delegated(),
+    )
+    served = HttpxTransport(httpx2.ASGITransport(app), network=NetworkPolicy.delegated())
     for transport, status in ((mocked, 418), (served, 201)):
         answer = await transport.send(request("https://hooks.example/"))
         assert answer == Response(status, answer.headers, b'{"a":1}')  # type: ignore[union-attr]  # a Failure differs
@@ -401,11 +404,19 @@ async def test_what_an_inner_transport_raises_becomes_a_failure(error: Exception
     def raising(request: httpx2.Request) -> httpx2.Response:
         raise error
 
-    answer = await HttpxTransport(httpx2.MockTransport(raising)).send(request("https://hooks.example/"))
+    answer = await HttpxTransport(httpx2.MockTransport(raising), network=NetworkPolicy.delegated()).send(
+        request("https://hooks.example/")
+    )
     assert isinstance(answer, Failure)
     assert answer.code == code
 
 
-def test_settings_of_our_inner_transport_are_refused_for_another() -> None:
+def test_another_inner_transport_must_say_that_addresses_are_not_ours_to_check() -> None:
+    inner = httpx2.MockTransport(lambda request: httpx2.Response(200))
+    for network in (None, OPEN):
+        with pytest.raises(ConfigurationError, match=r"NetworkPolicy\.delegated\(\)"):
+            HttpxTransport(inner, network=network)
+    with pytest.raises(ConfigurationError, match="delegated"):
+        HttpxTransport(network=NetworkPolicy.delegated())
     with pytest.raises(ConfigurationError, match="leave them out"):
-        HttpxTransport(httpx2.MockTransport(lambda request: httpx2.Response(200)), network=OPEN)
+        HttpxTransport(inner, network=NetworkPolicy.delegated(), ssl_context=ssl.create_default_context())

@@ -104,7 +104,7 @@ def request(url: str, **changes: Any) -> Request:
 
 @asynccontextmanager
 async def transporting(inner: httpx2.AsyncBaseTransport) -> AsyncIterator[HttpxTransport]:
-    transport = HttpxTransport(inner)
+    transport = HttpxTransport(inner, network=NetworkPolicy.delegated())
     try:
         yield transport
     finally:
@@ -179,7 +179,7 @@ async def test_a_new_revision_closes_the_connections_of_the_old_one_once_they_ar
 
 async def test_a_pool_that_nothing_was_sent_to_is_closed_without_another_send() -> None:
     async with receiving(answers(OK)) as receiver, transporting(pinned(idle=0.05)) as transport:
-        assert code(await transport.send(request("http://127.0.0.1:1/"))) == "connect_error"  # a user that has left
+        assert code(await transport.send(request("http://127.0.0.1:1024/"))) == "connect_error"  # a user that has left
         assert status(await transport.send(request(receiver.url()))) == 200
         async with asyncio.timeout(5):
             await receiver.closed.wait()

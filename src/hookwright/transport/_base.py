@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from hookwright._addresses import masked_url
+
+if TYPE_CHECKING:
+    from hookwright._addresses import NetworkPolicy
+    from hookwright._certificate import ClientCertificate
 
 RESPONSE_READ = 64 * 1024
 """Bytes of a response's body that are read at most; then the connection is closed."""
@@ -31,9 +37,10 @@ class Request(NamedTuple):
     total_timeout: float = 15.0
     connect_timeout: float = 5.0
     dns_timeout: float = 3.0
+    client_certificate: ClientCertificate | None = None
 
     def __repr__(self) -> str:
-        return f"Request(url={self.url!r}, endpoint_id={self.endpoint_id!r}, revision={self.revision})"
+        return f"Request(url={masked_url(self.url)!r}, endpoint_id={self.endpoint_id!r}, revision={self.revision})"
 
 
 class Response(NamedTuple):
@@ -50,6 +57,15 @@ class Failure(NamedTuple):
 
     code: str
     detail: str = ""
+
+
+@runtime_checkable
+class NetworkBound(Protocol):
+    """A transport that keeps to a network policy, and takes the dispatcher's when it was given none."""
+
+    def keep_to(self, network: NetworkPolicy) -> None:
+        """Keep to this one."""
+        ...
 
 
 @runtime_checkable

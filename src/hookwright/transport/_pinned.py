@@ -1,86 +1,49 @@
-"""The default inner transport: a pool for each endpoint and revision, and addresses vetted at the moment of dialling.
+"""The default inner transport: an httpcore2 pool for each endpoint and revision, over connections that we dial.
 
-Pools are not shared: on a shared keep-alive pool an endpoint that sends an unsolicited second response makes the next
-request of another endpoint read it. The address is pinned in the network backend, below TLS, so that the origin keeps
-its name: rewriting the url's host would reuse host A's connection for host B without checking B's certificate.
+The address is pinned in the network backend, below TLS, so that the origin keeps its name: rewriting the url's host
+would reuse host A's connection for host B without checking B's certificate.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
-import ssl
-import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpcore2
 import httpx2
 
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_READ
+from hookwright.transport._dial import AuthFailed, Dialler, Target, attach, secure
+from hookwright.transport._pools import POOL_IDLE, POOLS_MOST, Pools, key_of
 from hookwright.transport._resolver import SystemResolver
+from hookwright.transport._tls import TLSContexts
 
 if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
     from hookwright._addresses import NetworkPolicy
+    from hookwright.transport._base import Request
     from hookwright.transport._resolver import Resolver
 
-POOL_IDLE = 60.0
-"""Seconds after which the pool of an endpoint that nothing was sent to is closed."""
-
-POOLS_MOST = 1000
-"""Pools that are kept at most while idle."""
-
-ADDRESSES_MOST = 64
-"""Addresses of one name that are accepted; more is no host, but an attempt to keep us dialling."""
-
-_DIAL_LEAST = 1.0
 _READ_AT_ONCE = 2 * 1024
 _BUFFERED = 64 * 1024
 _FLOOD = RESPONSE_READ + 2 * RESPONSE_HEADERS
 _FLOOD_PAUSE = 0.1
 
 
-class BlockedTarget(Exception):
-    """The policy refuses the scheme, or an address of the host; `rule` says why."""
-
-    def __init__(self, rule: str) -> None:
-        super().__init__(rule)
-        self.rule = rule
-
-
-class DNSFailed(Exception):
-    """The host has no address, or none in time. The text is safe to show: it names neither host nor address."""
-
-
-class TLSFailed(Exception):
-    """The TLS handshake failed. The text is safe to show: it names neither host nor address."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolKey:
-    """Whose connection it is. In `request.extensions["hookwright"]`."""
-
-    endpoint_id: str
-    revision: int
-    connections: int
-    dns_timeout: float
-    connect_timeout: float
-
-
-class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
+class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
     """One dialled connection, read as bytes come in: an idle one knows at once that something unasked arrived.
 
-    Of our own, because anyio's resolves a source address on the default executor, and leaves the socket of a cancelled
-    TLS handshake to the garbage collector. Reads and writes have no timeouts: the attempt has one deadline, and
-    dialling ends at `until`.
+    Reads and writes have no timeouts: the attempt has one deadline, and dialling ends at `until`.
     """
 
     def __init__(self, until: float) -> None:
         self._until = until
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self._buffer = bytearray()
         self._received = 0
         self._ended = False
@@ -91,14 +54,10 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
 
     # -- asyncio's side -----------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         if len(self._buffer) > _BUFFERED:
-            self._transport.pause_reading()
+            self.transport.pause_reading()
         self._wake()
 
     def eof_received(self) -> None:
@@ -124,6 +83,11 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
     # -- httpcore2's side ---------------------------------------------------------------------------------------
 
     @property
+    def has_received(self) -> bool:
+        """Whether something arrived that nobody has read."""
+        return bool(self._buffer)
+
+    @property
     def answered_unasked(self) -> bool:
         """Whether nothing was read since the last write: an answer now was sent before the question."""
         return self._received == 0
@@ -135,7 +99,7 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         elif self._buffer and self._received:
             await asyncio.sleep(0)
         while not self._buffer and not self._ended:
-            self._transport.resume_reading()
+            self.transport.resume_reading()
             self._reader = self._loop.create_future()
             await self._reader
         if self._error is not None and not self._buffer:
@@ -148,69 +112,35 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._received = 0
-        if self._transport.is_closing():
+        if self.transport.is_closing():
             raise httpcore2.WriteError("the connection broke")
-        self._transport.write(buffer)
+        self.transport.write(buffer)
         await self._writable.wait()
 
     async def aclose(self) -> None:
         # Not close(): that waits until what is buffered was sent, for a receiver that may never read.
-        self._transport.abort()
+        self.transport.abort()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.AsyncNetworkStream:
-        plain = self._transport
-        try:
-            if self._buffer:
-                raise TLSFailed("the receiver sent plain text before the TLS handshake")
-            async with asyncio.timeout_at(self._until):
-                secure = await self._loop.start_tls(
-                    plain, self, ssl_context, server_hostname=(server_hostname or "").strip("[]")
-                )
-        except BaseException as error:  # noqa: BLE001  # raised again, in the dialling's own words where it has any
-            plain.abort()
-            raise _handshake_error(error) from None
-        assert secure is not None
-        self._transport = secure
+        await secure(self, ssl_context, (server_hostname or "").strip("[]"), self._until)
         return self
 
     def get_extra_info(self, info: str) -> Any:
         if info == "is_readable":
             # On an idle connection: its end, or an answer to no question. In both cases it is not used again.
-            return bool(self._buffer) or self._ended or self._transport.is_closing()
-        names = {"ssl_object": "ssl_object", "server_addr": "peername"}
-        return self._transport.get_extra_info(names[info]) if info in names else None
+            return bool(self._buffer) or self._ended or self.transport.is_closing()
+        return self.transport.get_extra_info("ssl_object") if info == "ssl_object" else None
 
 
-def _handshake_error(error: BaseException) -> BaseException:
-    match error:
-        case TimeoutError():
-            return httpcore2.ConnectTimeout("no TLS handshake in time")
-        case ssl.SSLError():
-            return TLSFailed(_tls_words(error))
-        case OSError():
-            return httpcore2.ConnectError("the connection broke during the TLS handshake")
-        case _:
-            return error
+class _Backend(httpcore2.AsyncNetworkBackend):
+    """Dials for one endpoint."""
 
-
-def _tls_words(error: ssl.SSLError) -> str:
-    """OpenSSL's own words, without the host that its text for a mismatch repeats."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        if "match" in error.verify_message:
-            return "the certificate is for another host"
-        return f"certificate verify failed: {error.verify_message}"
-    return (error.reason or "the TLS handshake failed").replace("_", " ").lower()
-
-
-class _VettedBackend(httpcore2.AsyncNetworkBackend):
-    """Resolves, vets every address, dials exactly a vetted one, and checks the peer."""
-
-    def __init__(self, policy: NetworkPolicy, resolver: Resolver, key: PoolKey) -> None:
-        self._policy = policy
-        self._resolver = resolver
-        self._key = key
+    def __init__(self, dialler: Dialler, request: Request) -> None:
+        self._dialler = dialler
+        self._dns_timeout = request.dns_timeout
+        self._connect_timeout = request.connect_timeout
 
     async def connect_tcp(
         self,
@@ -220,89 +150,15 @@ class _VettedBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        addresses = await self._addresses(host.strip("[]"), port)
-        for address in addresses:
-            rule = self._policy.vet(address)
-            if rule is not None:
-                raise BlockedTarget(rule)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._key.connect_timeout
-        failure: Exception = httpcore2.ConnectError("no address of the source address's family")
-        for position, address in enumerate(self._of_our_family(addresses)):
-            left = until - loop.time()
-            if left <= 0:
-                break
-            share = max(left / (len(addresses) - position), min(left, _DIAL_LEAST))
-            try:
-                return await self._dial(address, port, share, until)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-    async def _addresses(self, host: str, port: int) -> list[str]:
-        try:
-            return [str(ipaddress.ip_address(host))]
-        except ValueError:
-            pass
-        try:
-            async with asyncio.timeout(self._key.dns_timeout):
-                addresses = await self._resolver(host, port)
-        except TimeoutError:
-            raise DNSFailed("no answer in time") from None
-        except socket.gaierror as error:
-            raise DNSFailed(error.strerror or "no such name") from None
-        except Exception as error:  # noqa: BLE001  # a resolver may be the application's; what it raises is its failure
-            raise DNSFailed(f"the resolver failed ({type(error).__name__})") from None
-        if not addresses:
-            raise DNSFailed("the name has no address")
-        if len(addresses) > ADDRESSES_MOST:
-            raise DNSFailed(f"the name has more than {ADDRESSES_MOST} addresses")
-        return addresses
-
-    def _of_our_family(self, addresses: list[str]) -> list[str]:
-        if self._policy.local_address is None:
-            return addresses
-        version = ipaddress.ip_address(self._policy.local_address).version
-        return [address for address in addresses if ipaddress.ip_address(address).version == version]
-
-    async def _dial(self, address: str, port: int, share: float, until: float) -> _Connection:
-        source = self._policy.local_address
-        try:
-            async with asyncio.timeout(share):
-                # Both ends are literal addresses, for which asyncio asks no resolver and no executor.
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(until), address, port, local_addr=None if source is None else (source, 0)
-                )
-        except TimeoutError:
-            raise httpcore2.ConnectTimeout("no connection in time") from None
-        except OSError:
-            raise httpcore2.ConnectError("the connection was refused, or the host is unreachable") from None
-        peer = connection.get_extra_info("server_addr")
-        if not peer:
-            await connection.aclose()
-            raise httpcore2.ConnectError("the connection was reset")
-        rule = self._policy.vet(str(peer[0]))
-        if rule is not None:
-            await connection.aclose()
-            raise BlockedTarget(rule)
-        return connection
-
-
-class _Pool:
-    __slots__ = ("inner", "key", "last_used", "users")
-
-    def __init__(self, key: PoolKey, inner: httpcore2.AsyncConnectionPool) -> None:
-        self.key = key
-        self.inner = inner
-        self.users = 0
-        self.last_used = 0.0
+        reached = await self._dialler.connect(Target(host.strip("[]"), port, self._dns_timeout, self._connect_timeout))
+        return await attach(partial(_Stream, reached.until), reached)
 
 
 class PinnedTransport(httpx2.AsyncBaseTransport):
-    """One httpcore2 pool for each endpoint and revision; one TLS context for all, built off the loop (37 ms).
+    """One httpcore2 pool for each endpoint and revision; one TLS context for all, but for client certificates.
 
-    Every request needs a `PoolKey` in `extensions["hookwright"]`. Pools unused for `pool_idle` seconds are closed,
-    and the least recently used idle ones when there are more than `pools_most`.
+    Every request needs ours, a `Request`, in `extensions["hookwright"]`. Pools unused for `pool_idle` seconds are
+    closed, and the least recently used idle ones when there are more than `pools_most`.
     """
 
     def __init__(
@@ -311,31 +167,33 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
         *,
         ssl_context: ssl.SSLContext | None = None,
         resolver: Resolver | None = None,
-        pool_idle: float | None = None,
-        pools_most: int | None = None,
+        pool_idle: float = POOL_IDLE,
+        pools_most: int = POOLS_MOST,
     ) -> None:
-        self._policy = policy
-        self._ssl_context = ssl_context
+        self._contexts = TLSContexts(ssl_context)
         self._own_resolver = SystemResolver() if resolver is None else None
-        self._resolver: Resolver = resolver or self._own_resolver  # type: ignore[assignment]  # one of them is there
-        self._pool_idle = POOL_IDLE if pool_idle is None else pool_idle
-        self._pools_most = POOLS_MOST if pools_most is None else pools_most
-        self._context_ready: asyncio.Future[ssl.SSLContext] | None = None
-        self._pools: dict[str, _Pool] = {}  # least recently used first
+        self._dialler = Dialler(policy, resolver or self._own_resolver)  # type: ignore[arg-type]  # one of them is there
+        self._pools: Pools[httpcore2.AsyncConnectionPool] = Pools(self._close, idle=pool_idle, most=pools_most)
+        self._pool_idle = pool_idle
         self._closing: set[asyncio.Task[None]] = set()
-        self._sweep: asyncio.TimerHandle | None = None
+
+    def keep_to(self, policy: NetworkPolicy) -> None:
+        """Judge by another policy from now on."""
+        self._dialler.keep_to(policy)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send over the endpoint's own pool. Raises BlockedTarget, DNSFailed, TLSFailed and httpcore2's exceptions."""
-        key: PoolKey = request.extensions["hookwright"]
+        """Send over the endpoint's own pool. Raises DialFailed and httpcore2's exceptions."""
+        ours: Request = request.extensions["hookwright"]
         url = request.url
-        if url.raw_scheme != b"https" and not self._policy.allow_http:
-            # The endpoint may have been created under another policy.
-            raise BlockedTarget("plain http")
-        context = self._ssl_context if url.raw_scheme != b"https" else await self._context()
-        pool = self._enter(key, context)
+        self._dialler.check_scheme(url.scheme)
+        context = None
+        if url.scheme == "https":
+            context = await self._contexts.get(ours.client_certificate)
+        elif ours.client_certificate is not None:
+            raise AuthFailed("a client certificate needs https")
+        pool = self._pools.enter(key_of(ours), lambda: self._new_pool(ours, context))
         try:
-            answer = await pool.inner.handle_async_request(
+            answer = await pool.connections.handle_async_request(
                 httpcore2.Request(
                     method=request.method,
                     url=httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
@@ -344,129 +202,54 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
                 )
             )
             stream = answer.extensions.get("network_stream")
-            if isinstance(stream, _Connection) and stream.answered_unasked:
+            if isinstance(stream, _Stream) and stream.answered_unasked:
                 await answer.aclose()
                 raise httpcore2.RemoteProtocolError("the answer was sent before the request")
         except BaseException:
-            self._leave(pool)
+            self._pools.leave(pool)
             raise
-        return httpx2.Response(answer.status, headers=answer.headers, stream=_Body(self, pool, answer))
+        body = _Body(answer, partial(self._pools.leave, pool))
+        return httpx2.Response(answer.status, headers=answer.headers, stream=body)
 
     async def aclose(self) -> None:
         """Close every pool."""
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
-        for pool in list(self._pools.values()):
-            self._retire(pool)
+        self._pools.close()
         if self._own_resolver is not None:
             self._own_resolver.close()
         if self._closing:
             await asyncio.wait(self._closing)
 
-    # Nothing between choosing a pool and counting its user may await: another send would close it meanwhile.
-
-    def _enter(self, key: PoolKey, context: ssl.SSLContext | None) -> _Pool:
-        pool = self._pools.pop(key.endpoint_id, None)
-        if pool is not None and pool.key != key:
-            if pool.users == 0:
-                self._close(pool)
-            pool = None
-        if pool is None:
-            pool = _Pool(key, self._new_pool(key, context))
-        pool.users += 1
-        self._pools[key.endpoint_id] = pool
-        if len(self._pools) > self._pools_most:
-            self._close_surplus()
-        if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(self._pool_idle, self._close_idle)
-        return pool
-
-    def _leave(self, pool: _Pool) -> None:
-        pool.users -= 1
-        pool.last_used = asyncio.get_running_loop().time()
-        if pool.users == 0 and self._pools.get(pool.key.endpoint_id) is not pool:
-            self._close(pool)
-
-    def _new_pool(self, key: PoolKey, context: ssl.SSLContext | None) -> httpcore2.AsyncConnectionPool:
+    def _new_pool(self, request: Request, context: ssl.SSLContext | None) -> httpcore2.AsyncConnectionPool:
         return httpcore2.AsyncConnectionPool(
             ssl_context=context,
-            max_connections=key.connections,
+            max_connections=request.connections,
             keepalive_expiry=self._pool_idle,
-            network_backend=_VettedBackend(self._policy, self._resolver, key),
+            network_backend=_Backend(self._dialler, request),
         )
 
-    def _close_idle(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for pool in list(self._pools.values()):
-            if pool.users == 0 and pool.last_used + self._pool_idle <= now:
-                self._retire(pool)
-        # At least every quarter: a pool lives at most a quarter longer than promised.
-        self._sweep = None
-        if self._pools:
-            self._sweep = asyncio.get_running_loop().call_later(self._pool_idle / 4, self._close_idle)
-
-    def _close_surplus(self) -> None:
-        pool = next((pool for pool in self._pools.values() if pool.users == 0), None)
-        if pool is not None:
-            self._retire(pool)
-
-    def _retire(self, pool: _Pool) -> None:
-        del self._pools[pool.key.endpoint_id]
-        self._close(pool)
-
-    def _close(self, pool: _Pool) -> None:
+    def _close(self, pool: httpcore2.AsyncConnectionPool) -> None:
         # A task of its own: a send whose deadline ends here would leave half of the connections open.
-        task = asyncio.get_running_loop().create_task(pool.inner.aclose())
+        task = asyncio.get_running_loop().create_task(pool.aclose())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-    async def _context(self) -> ssl.SSLContext:
-        if self._ssl_context is None:
-            if self._context_ready is None:
-                loop = asyncio.get_running_loop()
-                self._context_ready = loop.create_future()
-                threading.Thread(
-                    target=_build_context, args=(loop, self._context_ready), name="hookwright-tls", daemon=True
-                ).start()
-            # Shielded: one attempt's deadline is not the others'.
-            try:
-                self._ssl_context = await asyncio.shield(self._context_ready)
-            except TLSFailed:
-                self._context_ready = None
-                raise
-        return self._ssl_context
 
 
 class _Body(httpx2.AsyncByteStream):
     """The response's raw body; closing it before its end closes the connection."""
 
-    def __init__(self, transport: PinnedTransport, pool: _Pool, answer: httpcore2.Response) -> None:
-        self._transport = transport
-        self._pool = pool
+    def __init__(self, answer: httpcore2.Response, leave: Callable[[], None]) -> None:
         self._answer = answer
-        self._left = False
+        self._leave: Callable[[], None] | None = leave
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         assert isinstance(self._answer.stream, AsyncIterable)
         return aiter(self._answer.stream)
 
     async def aclose(self) -> None:
-        if self._left:
+        leave, self._leave = self._leave, None
+        if leave is None:
             return
-        self._left = True
         try:
             await self._answer.aclose()
         finally:
-            self._transport._leave(self._pool)  # noqa: SLF001  # the same file's other half
-
-
-def _build_context(loop: asyncio.AbstractEventLoop, ready: asyncio.Future[ssl.SSLContext]) -> None:
-    # trust_env=False: the environment is the host application's, and SSL_CERT_FILE may be meant for something else.
-    try:
-        context = httpx2.create_ssl_context(trust_env=False)
-        loop.call_soon_threadsafe(ready.set_result, context)
-    except OSError as error:  # no certificates, or files that cannot be read
-        loop.call_soon_threadsafe(ready.set_exception, TLSFailed(f"no TLS context ({type(error).__name__})"))
-    except RuntimeError:  # the loop was closed meanwhile
-        return
+            leave()

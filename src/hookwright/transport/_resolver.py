@@ -10,74 +10,213 @@ import asyncio
 import queue
 import socket
 import threading
-from typing import Protocol
+from collections import OrderedDict, deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-_THREADS = 16
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Lookup = Callable[[str, int], Sequence[str]]
+
+T = TypeVar("T")
+
+ANSWER_FRESH = 30.0
+"""Seconds for which an answer is used without asking again."""
+
+ANSWER_KEPT = 60.0
+"""Seconds for which an answer is used while asking again, which may hang."""
+
+ANSWERS_MOST = 10_000
+"""Answers that are kept at most, and names of which is known whether they answered."""
 
 
 class Resolver(Protocol):
-    """Returns the addresses of a host, in the order in which to try them. Raises OSError when there are none."""
+    """Returns the addresses of a host, in the order in which to try them. Raises OSError when there are none.
 
-    async def __call__(self, host: str, port: int) -> list[str]:
+    Called at every dial, under `Timeouts.dns`: an implementation may cache. It need not judge addresses.
+    """
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
         """Resolve."""
         ...
 
 
+class _Standing(IntEnum):
+    """What is known of a name; look-ups of a lower standing leave threads to those of a higher one."""
+
+    SILENT = 0
+    UNKNOWN = 1
+    ANSWERED = 2
+
+
+# The half rule: names that did not answer last time hold together at most half of the threads, so that those that do
+# never wait for them. Names never asked before may be as bad: together with the silent ones they hold three quarters.
+_THREADS = {_Standing.SILENT: 8, _Standing.UNKNOWN: 12, _Standing.ANSWERED: 16}
+
+
+class _Answer(NamedTuple):
+    addresses: Sequence[str]
+    at: float
+
+
+class _Job:
+    """One look-up of a name, and how many wait for it."""
+
+    __slots__ = ("found", "host", "port", "waiting")
+
+    def __init__(self, host: str, port: int, found: asyncio.Future[Sequence[str]]) -> None:
+        self.host = host
+        self.port = port
+        self.found = found
+        self.waiting = 0
+
+
 class SystemResolver:
-    """The system's resolver, in daemon threads; one look-up at a time for each name."""
+    """The system's resolver (`getaddrinfo`, in daemon threads), with a short memory.
 
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[str, int, asyncio.Future[list[str]]] | None] = queue.SimpleQueue()
-        self._lookups: dict[tuple[str, int], asyncio.Future[list[str]]] = {}
+    An answer is used for 30 s, and for 30 s more while a new look-up is under way, however long that takes; never
+    longer. There is one look-up at a time for each name. Names that hang delay only themselves, and each other.
+
+    `lookup` replaces `getaddrinfo`: it is called in a thread, and returns addresses or raises OSError.
+    """
+
+    def __init__(self, lookup: Lookup | None = None) -> None:
+        self._lookup = lookup or _getaddrinfo
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._forget_everything()
 
-    async def __call__(self, host: str, port: int) -> list[str]:
-        """Resolve; whoever asks for the same name meanwhile shares the look-up."""
-        key = (host, port)
-        lookup = self._lookups.get(key)
-        if lookup is None or lookup.get_loop() is not asyncio.get_running_loop():
-            lookup = self._lookups[key] = asyncio.get_running_loop().create_future()
-            lookup.add_done_callback(lambda done: self._forget(key, done))
-            self._ensure_thread()
-            self._jobs.put((host, port, lookup))
-        # Shielded: one caller's deadline is not the others'.
-        return await asyncio.shield(lookup)
+    def _forget_everything(self) -> None:
+        self._jobs: dict[str, _Job] = {}
+        self._running: set[_Job] = set()
+        self._waiting: dict[_Standing, deque[_Job]] = {standing: deque() for standing in _Standing}
+        self._answers: OrderedDict[str, _Answer] = OrderedDict()
+        self._silent: OrderedDict[str, None] = OrderedDict()
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """Resolve, or return what is known already."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            # Look-ups of a loop that has ended never report back.
+            self._loop = loop
+            self._forget_everything()
+        answer = self._answers.get(host)
+        age = ANSWER_KEPT if answer is None else loop.time() - answer.at
+        if answer is not None and age < ANSWER_FRESH:
+            return answer.addresses
+        job = self._jobs.get(host) or self._ask(host, port)
+        if answer is not None and age < ANSWER_KEPT:
+            return answer.addresses
+        return await self._wait_for(job)
 
     def close(self) -> None:
         """Let the threads end, once their look-ups have."""
         for _ in range(self._threads):
-            self._jobs.put(None)
+            self._queue.put(None)
         self._threads = 0
+        self._loop = None
 
-    def _forget(self, key: tuple[str, int], lookup: asyncio.Future[list[str]]) -> None:
-        if not lookup.cancelled():
-            lookup.exception()  # the one who asked may be gone
-        if self._lookups.get(key) is lookup:
-            del self._lookups[key]
+    async def _wait_for(self, job: _Job) -> Sequence[str]:
+        job.waiting += 1
+        try:
+            # Shielded: one caller's deadline is not the others'.
+            return await asyncio.shield(job.found)
+        except asyncio.CancelledError:
+            _remember(self._silent, job.host, None)
+            raise
+        finally:
+            job.waiting -= 1
+            if not job.waiting and job not in self._running and self._jobs.get(job.host) is job:
+                self._drop(job)
 
-    def _ensure_thread(self) -> None:
-        if self._threads < _THREADS and len(self._lookups) > self._threads:
-            self._threads += 1
-            threading.Thread(target=self._work, name="hookwright-resolver", daemon=True).start()
+    # -- which look-up next -------------------------------------------------------------------------------------
+
+    def _ask(self, host: str, port: int) -> _Job:
+        assert self._loop is not None
+        job = self._jobs[host] = _Job(host, port, self._loop.create_future())
+        self._waiting[self._standing(host)].append(job)
+        self._begin()
+        return job
+
+    def _drop(self, job: _Job) -> None:
+        """Forget a look-up that has not begun and that nobody waits for any more."""
+        del self._jobs[job.host]
+        for waiting in self._waiting.values():
+            if job in waiting:
+                waiting.remove(job)
+
+    def _standing(self, host: str) -> _Standing:
+        if host in self._silent:
+            return _Standing.SILENT
+        return _Standing.ANSWERED if host in self._answers else _Standing.UNKNOWN
+
+    def _begin(self) -> None:
+        """Give look-ups to threads, those of the highest standing first."""
+        running = [self._standing(job.host) for job in self._running]
+        for standing in reversed(_Standing):
+            waiting = self._waiting[standing]
+            while waiting and self._has_room(standing, running):
+                job = waiting.popleft()
+                self._running.add(job)
+                running.append(standing)
+                if self._threads < len(running):
+                    self._threads += 1
+                    threading.Thread(target=self._work, name="hookwright-resolver", daemon=True).start()
+                self._queue.put(job)
+
+    def _has_room(self, standing: _Standing, running: list[_Standing]) -> bool:
+        # A name of low standing needs room in its own share and in every wider one.
+        return all(
+            sum(other <= wider for other in running) < _THREADS[wider] for wider in _Standing if wider >= standing
+        )
+
+    def _end(self, job: _Job, outcome: Sequence[str] | OSError) -> None:
+        if self._loop is not job.found.get_loop():
+            return  # closed meanwhile, or used in another loop by now
+        self._running.discard(job)
+        if self._jobs.get(job.host) is job:
+            del self._jobs[job.host]
+        if isinstance(outcome, OSError):
+            _remember(self._silent, job.host, None)
+            if not job.found.done():
+                job.found.set_exception(outcome)
+                job.found.exception()  # whoever asked may be gone
+        else:
+            self._silent.pop(job.host, None)
+            _remember(self._answers, job.host, _Answer(outcome, self._loop.time()))
+            if not job.found.done():
+                job.found.set_result(outcome)
+        self._begin()
+
+    # -- in a thread --------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            host, port, future = job
+        while (job := self._queue.get()) is not None:
+            outcome: Sequence[str] | OSError
             try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                outcome: list[str] | OSError = list(dict.fromkeys(str(info[4][0]) for info in found))
-            except (OSError, UnicodeError) as error:
-                outcome = error if isinstance(error, OSError) else OSError(str(error))
+                outcome = self._lookup(job.host, job.port)
+            except OSError as error:
+                outcome = error
+            except Exception as error:  # noqa: BLE001  # an application's look-up; a thread that ends would be missing
+                outcome = OSError(f"the look-up raised {type(error).__name__}")
             try:
-                future.get_loop().call_soon_threadsafe(_finish, future, outcome)
+                job.found.get_loop().call_soon_threadsafe(self._end, job, outcome)
             except RuntimeError:  # the loop is closed, nobody waits any more
                 continue
 
 
-def _finish(future: asyncio.Future[list[str]], outcome: list[str] | OSError) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, OSError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+def _getaddrinfo(host: str, port: int) -> Sequence[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(str(error)) from None
+    return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+def _remember(memory: OrderedDict[str, T], host: str, what: T) -> None:
+    memory[host] = what
+    memory.move_to_end(host)
+    if len(memory) > ANSWERS_MOST:
+        memory.popitem(last=False)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import httpcore2
 import httpx2
 
-from hookwright._addresses import NetworkPolicy
 from hookwright._errors import ConfigurationError
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Request, Response
-from hookwright.transport._pinned import BlockedTarget, DNSFailed, PinnedTransport, PoolKey, TLSFailed
+from hookwright.transport._dial import DialFailed, own_network
+from hookwright.transport._pinned import PinnedTransport
 
 if TYPE_CHECKING:
+    from hookwright._addresses import NetworkPolicy
     from hookwright.transport._resolver import Resolver
 
 _URLS_KEPT = 4096
@@ -31,16 +32,19 @@ class HttpxTransport:
     """Sends over `inner`, any `httpx2.AsyncBaseTransport`; None is ours, which keeps to `network`.
 
     The whole attempt, DNS to last byte, has one deadline. Redirects, cookies, proxies and the environment are not
-    looked at; the body is read raw up to 64 KiB, of which 16 KiB are kept. With an `inner` of your own the address
-    check is not ours. `ssl_context` replaces the default one, `resolver` the system's.
+    looked at; the body is read raw up to 64 KiB, of which 16 KiB are kept. `ssl_context` replaces the default one,
+    `resolver` the system's; without a `network`, the dispatcher's is kept to. An `inner` of your own (a proxy, HTTP/2,
+    another engine) makes its own connections: that the address check is then not ours must be said, with
+    `network=NetworkPolicy.delegated()`.
 
-    Raises ConfigurationError when `inner` is given together with what only ours uses.
+    Raises ConfigurationError when it is not, and for settings that only our own inner transport uses.
 
     ```python
     import httpx2
-    from hookwright import HttpxTransport
+    from hookwright import HttpxTransport, NetworkPolicy
 
-    transport = HttpxTransport(httpx2.MockTransport(lambda request: httpx2.Response(204)))
+    mock = httpx2.MockTransport(lambda request: httpx2.Response(204))
+    transport = HttpxTransport(mock, network=NetworkPolicy.delegated())
     ```
     """
 
@@ -52,15 +56,28 @@ class HttpxTransport:
         ssl_context: ssl.SSLContext | None = None,
         resolver: Resolver | None = None,
     ) -> None:
-        if inner is not None and not (network is None and ssl_context is None and resolver is None):
+        if inner is not None and (network is None or not network.is_delegated):
             raise ConfigurationError(
-                "network, ssl_context and resolver are for our own inner transport: leave them out"
+                "inner: addresses are then not checked by us: say so with network=NetworkPolicy.delegated()"
             )
-        self._inner = inner or PinnedTransport(network or NetworkPolicy(), ssl_context=ssl_context, resolver=resolver)
+        if inner is not None and not (ssl_context is None and resolver is None):
+            raise ConfigurationError("ssl_context and resolver are for our own inner transport: leave them out")
+        self._own: PinnedTransport | None = None
+        if inner is None:
+            inner = self._own = PinnedTransport(own_network(network), ssl_context=ssl_context, resolver=resolver)
+        self._inner = inner
+        self._has_network = network is not None
         self._urls: dict[str, httpx2.URL] = {}
+
+    def keep_to(self, network: NetworkPolicy) -> None:
+        """Keep to a dispatcher's network policy, unless one was given to this transport itself."""
+        if self._own is not None and not self._has_network:
+            self._own.keep_to(own_network(network))
 
     async def send(self, request: Request) -> Response | Failure:
         """Send one attempt; see `Transport.send`. Raises nothing but an outer cancellation."""
+        if request.client_certificate is not None and self._own is None:
+            return Failure("auth_error", "a client certificate cannot be presented through another inner transport")
         answer = _Answer()
         deadline = asyncio.timeout(request.total_timeout)
         try:
@@ -99,11 +116,8 @@ class HttpxTransport:
         for name, value in request.headers:
             if name.lower() not in _OURS:
                 headers.append((name.encode("ascii"), value.encode("ascii")))
-        key = PoolKey(
-            request.endpoint_id, request.revision, request.connections, request.dns_timeout, request.connect_timeout
-        )
         return httpx2.Request(
-            "POST", url, headers=headers, stream=httpx2.ByteStream(request.body), extensions={"hookwright": key}
+            "POST", url, headers=headers, stream=httpx2.ByteStream(request.body), extensions={"hookwright": request}
         )
 
 
@@ -157,8 +171,6 @@ class _Answer:
 
 # In order: a subclass before its base. An empty detail is the exception's own words.
 _CODES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str, str], ...] = (
-    (DNSFailed, "dns_error", ""),
-    (TLSFailed, "tls_error", ""),
     ((httpcore2.ConnectTimeout, httpx2.ConnectTimeout), "connect_timeout", "no connection in time"),
     ((httpcore2.TimeoutException, httpx2.TimeoutException), "timeout", "no answer in time"),
     ((httpcore2.ConnectError, httpx2.ConnectError), "connect_error", "no connection: refused, reset or unreachable"),
@@ -173,14 +185,13 @@ def _failure(error: BaseException, *, expired: bool) -> Failure:
     """Turn whatever the HTTP libraries raise into a value: the only place that knows their exceptions."""
     if isinstance(error, TimeoutError) and expired:
         return Failure("timeout", "no complete answer within the total timeout")
-    if isinstance(error, BlockedTarget):
-        return Failure("blocked_target", f"the network policy refuses the target ({error.rule}); see NetworkPolicy")
-    if not isinstance(error, TLSFailed) and _caused_by_tls(error):
+    if isinstance(error, DialFailed):
+        return Failure(error.code, str(error)[:200])
+    if _caused_by_tls(error):
         return Failure("tls_error", "the TLS handshake failed")
     for kinds, code, detail in _CODES:
         if isinstance(error, kinds):
-            own_words = str(error) if isinstance(error, (DNSFailed, TLSFailed)) else _REPEATED.sub("", str(error))
-            return Failure(code, detail or own_words[:200])
+            return Failure(code, detail or _REPEATED.sub("", str(error))[:200])
     return Failure("transport_error", type(error).__name__)
 
 

@@ -1,0 +1,282 @@
+"""From a host's name to a connection: resolve, vet every address, dial exactly a vetted one, check the peer, TLS.
+
+Both transports connect here and nowhere else. Nothing is decided on a name's text: an address is judged at every dial,
+so that a name cannot change its mind between the check and the connection (DNS rebinding has no window).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+from hookwright._addresses import NetworkPolicy, advice
+from hookwright._errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hookwright.transport._resolver import Resolver
+
+ADDRESSES_MOST = 64
+"""Addresses of one name that are accepted; more is no host, but an attempt to keep us dialling."""
+
+NEXT_ADDRESS = 0.25
+"""Seconds after which the next address is tried as well (RFC 8305, 5)."""
+
+
+def own_network(network: NetworkPolicy | None) -> NetworkPolicy:
+    """Return the policy that a transport of ours keeps to. Raises ConfigurationError for one that decides nothing."""
+    if network is not None and network.is_delegated:
+        raise ConfigurationError(
+            "network: delegated() leaves addresses to another transport, HttpxTransport(inner); ours checks them itself"
+        )
+    return network or NetworkPolicy()
+
+
+class DialFailed(Exception):
+    """No connection. `code` is the attempt's; the text is safe to show: it names neither host nor address."""
+
+    code = "connect_error"
+
+
+class BlockedTarget(DialFailed):
+    """The policy refuses the scheme, the port, or an address of the host."""
+
+    code = "blocked_target"
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(f"the network policy refuses the target ({rule}); {advice(rule)}")
+
+
+class DNSFailed(DialFailed):
+    """The host has no address, or none in time."""
+
+    code = "dns_error"
+
+
+class ConnectTimedOut(DialFailed):
+    """No connection, or no TLS handshake, in time."""
+
+    code = "connect_timeout"
+
+
+class TLSFailed(DialFailed):
+    """The TLS handshake failed."""
+
+    code = "tls_error"
+
+
+class AuthFailed(DialFailed):
+    """A step that would prove who we are cannot be done; then nothing is sent."""
+
+    code = "auth_error"
+
+
+class Dialled(Protocol):
+    """A protocol whose transport may be exchanged for a secure one."""
+
+    transport: asyncio.Transport
+
+    @property
+    def has_received(self) -> bool:
+        """Whether bytes came before any were sent."""
+        ...
+
+
+D = TypeVar("D", bound=Dialled)
+
+
+class Target(NamedTuple):
+    """Where to, and how long it may take (seconds)."""
+
+    host: str
+    port: int
+    dns_timeout: float
+    connect_timeout: float
+
+
+class Reached(NamedTuple):
+    """A connected socket, and when (the loop's time) a TLS handshake must be over."""
+
+    socket: socket.socket
+    until: float
+
+
+class Dialler:
+    """Connects to what the policy permits."""
+
+    def __init__(self, policy: NetworkPolicy, resolver: Resolver) -> None:
+        self._policy = policy
+        self._resolver = resolver
+
+    def keep_to(self, policy: NetworkPolicy) -> None:
+        """Judge by another policy from now on."""
+        self._policy = policy
+
+    def check_scheme(self, scheme: str) -> None:
+        """Raise BlockedTarget for plain http, unless it is allowed: the endpoint may be older than the policy."""
+        if scheme != "https" and not self._policy.allow_http:
+            raise BlockedTarget("plain http")
+
+    async def connect(self, target: Target) -> Reached:
+        """Connect, TCP only. Raises DialFailed."""
+        if not self._policy.permits_port(target.port):
+            raise BlockedTarget("port")
+        addresses = await self._addresses(target)
+        for address in addresses:
+            rule = self._policy.vet(address)
+            if rule is not None:
+                raise BlockedTarget(rule)
+        ours = self._of_our_family(addresses)
+        if not ours:
+            raise DialFailed("no address of the source address's family")
+        until = asyncio.get_running_loop().time() + target.connect_timeout
+        try:
+            async with asyncio.timeout_at(until):
+                found = self._dial(ours[0], target.port) if len(ours) == 1 else self._race(ours, target.port)
+                return Reached(await found, until)
+        except TimeoutError:
+            raise ConnectTimedOut("no connection in time") from None
+
+    async def _addresses(self, target: Target) -> Sequence[str]:
+        try:
+            return [str(ipaddress.ip_address(target.host))]
+        except ValueError:
+            pass
+        try:
+            async with asyncio.timeout(target.dns_timeout):
+                addresses = await self._resolver(target.host, target.port)
+        except TimeoutError:
+            raise DNSFailed("no answer in time") from None
+        except socket.gaierror as error:
+            raise DNSFailed(error.strerror or "no such name") from None
+        except Exception as error:  # noqa: BLE001  # a resolver may be the application's; what it raises is its failure
+            raise DNSFailed(f"the resolver failed ({type(error).__name__})") from None
+        if not addresses:
+            raise DNSFailed("the name has no address")
+        if len(addresses) > ADDRESSES_MOST:
+            raise DNSFailed(f"the name has more than {ADDRESSES_MOST} addresses")
+        return addresses
+
+    def _of_our_family(self, addresses: Sequence[str]) -> Sequence[str]:
+        """Return those that the source address can reach, the families in turn (RFC 8305, 4)."""
+        if self._policy.local_address is not None:
+            version = ipaddress.ip_address(self._policy.local_address).version
+            return [address for address in addresses if ipaddress.ip_address(address).version == version]
+        first = ":" in addresses[0]
+        families = ([a for a in addresses if (":" in a) is same] for same in (first, not first))
+        return [address for address in chain.from_iterable(zip_longest(*families)) if address is not None]
+
+    async def _race(self, addresses: Sequence[str], port: int) -> socket.socket:
+        """Happy eyeballs (RFC 8305): one more address every 250 ms, or as soon as one failed; the first wins."""
+        waiting = list(reversed(addresses))
+        dialling: set[asyncio.Task[socket.socket]] = set()
+        failure = DialFailed("no connection")
+        try:
+            while waiting or dialling:
+                if waiting:
+                    dialling.add(asyncio.get_running_loop().create_task(self._dial(waiting.pop(), port)))
+                done, dialling = await asyncio.wait(
+                    dialling, timeout=NEXT_ADDRESS if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        for other in done - {task}:
+                            _close(other)
+                        return task.result()
+                    if not isinstance(error, DialFailed):
+                        raise error
+                    failure = error
+            raise failure
+        finally:
+            for task in dialling:
+                task.cancel()
+                task.add_done_callback(_close)
+
+    async def _dial(self, address: str, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        dialled = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            dialled.setblocking(False)
+            if self._policy.local_address is not None:
+                dialled.bind((self._policy.local_address, 0))
+            # A literal address, for which asyncio asks no resolver and no executor.
+            await asyncio.get_running_loop().sock_connect(dialled, (address, port))
+            peer = dialled.getpeername()[0]
+        except OSError:
+            dialled.close()
+            raise DialFailed("no connection: refused, reset or unreachable") from None
+        except BaseException:
+            dialled.close()
+            raise
+        rule = self._policy.vet(peer)
+        if rule is not None:
+            dialled.close()
+            raise BlockedTarget(rule)
+        return dialled
+
+
+async def attach(factory: Callable[[], D], reached: Reached) -> D:
+    """Put a protocol on a connected socket."""
+    try:
+        transport, protocol = await asyncio.get_running_loop().create_connection(
+            factory,  # type: ignore[type-var]  # what is Dialled is an asyncio protocol as well
+            sock=reached.socket,
+        )
+    except BaseException:
+        reached.socket.close()
+        raise
+    protocol.transport = transport
+    return protocol
+
+
+async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, until: float) -> None:
+    """Do the TLS handshake, for the name `host`; the connection is closed when it fails. Raises DialFailed."""
+    plain = protocol.transport
+    try:
+        if protocol.has_received:
+            raise TLSFailed("the receiver sent plain text before the TLS handshake")
+        async with asyncio.timeout_at(until):
+            transport = await asyncio.get_running_loop().start_tls(
+                plain,
+                protocol,  # type: ignore[arg-type]  # the same
+                tls,
+                server_hostname=host,
+            )
+    except BaseException as error:  # noqa: BLE001  # raised again, in our own words where it has any
+        # asyncio leaves the socket of a cancelled handshake to the garbage collector.
+        plain.abort()
+        raise _handshake_error(error) from None
+    assert transport is not None
+    protocol.transport = transport
+
+
+def _handshake_error(error: BaseException) -> BaseException:
+    match error:
+        case TimeoutError():
+            return ConnectTimedOut("no TLS handshake in time")
+        case ssl.SSLError():
+            return TLSFailed(_tls_words(error))
+        case OSError():
+            return DialFailed("the connection broke during the TLS handshake")
+        case _:
+            return error
+
+
+def _tls_words(error: ssl.SSLError) -> str:
+    """OpenSSL's own words, without the host that its text for a mismatch repeats."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if "match" in error.verify_message:
+            return "the certificate is for another host"
+        return f"certificate verify failed: {error.verify_message}"
+    return (error.reason or "the TLS handshake failed").replace("_", " ").lower()
+
+
+def _close(task: asyncio.Task[socket.socket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
