@@ -1,4 +1,4 @@
-"""Receivers in another process, answering or hanging. `python -m benchmarks._receiver ANSWERING HANGING`.
+"""Receivers in another process, answering or hanging. `python -m benchmarks._receiver ANSWERING HANGING [CERTIFICATE]`.
 
 Prints the ports, a JSON list for each kind. Bodies with `"sent":MICROSECONDS` on answering ports are clocked: when
 standard input gets a line, the delays (ms) since the last such line are printed as a JSON list.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 _SENT = re.compile(rb'"sent":(\d+)')
 _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
@@ -50,10 +52,14 @@ class Answering(asyncio.Protocol):
             head = self._buffer.find(b"\r\n\r\n")
 
 
-async def main(answering: int, hanging: int) -> None:
+async def main(answering: int, hanging: int, certificate: str = "") -> None:
     loop = asyncio.get_running_loop()
     Answering.delays = []
-    servers = [await loop.create_server(Answering, "127.0.0.1", 0, backlog=1024) for _ in range(answering)]
+    tls = None
+    if certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(certificate)
+    servers = [await loop.create_server(Answering, "127.0.0.1", 0, backlog=1024, ssl=tls) for _ in range(answering)]
     mute = [await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, backlog=1024) for _ in range(hanging)]
     for kind in (servers, mute):
         print(json.dumps([server.sockets[0].getsockname()[1] for server in kind]), flush=True)
@@ -82,19 +88,21 @@ class Receivers:
 
 
 @asynccontextmanager
-async def receivers(answering: int, hanging: int = 0) -> AsyncIterator[Receivers]:
+async def receivers(answering: int, hanging: int = 0, certificate: Path | None = None) -> AsyncIterator[Receivers]:
     """Start the process, and end it."""
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "benchmarks._receiver", str(answering), str(hanging))
+    command += () if certificate is None else (str(certificate),)
+    scheme = "http" if certificate is None else "https"
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26)
     assert process.stdout is not None
     try:
         ports = [json.loads(await process.stdout.readline()) for _ in range(2)]
-        yield Receivers(process, *([f"http://127.0.0.1:{port}/" for port in kind] for kind in ports))
+        yield Receivers(process, *([f"{scheme}://127.0.0.1:{port}/" for port in kind] for kind in ports))
     finally:
         process.terminate()
         await process.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

@@ -30,10 +30,10 @@ LINES = [
     ["_profile", "_matching"],
     ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner"],
     ["storage._memory_history", "transport._dial"],
-    ["transport._tls"],
+    ["transport._tls", "transport._connection"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
-    ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx"],
+    ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],
     ["storage.sqlite"],
     ["_prepare", "_endpoint_fields"],
@@ -49,6 +49,7 @@ PUBLIC_NAMES_ONLY = ("testing", "cli", "_demo", "_demo_receivers", "__main__")
 FOREIGN = {
     "httpx2": {"transport.httpx", "transport._pinned", "transport._tls"},
     "httpcore2": {"transport.httpx", "transport._pinned"},
+    "httptools": {"transport.direct"},
     "aiosqlite": {"storage.sqlite._owner"},
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},
     "tenacity": {"_retry"},
@@ -57,7 +58,7 @@ FOREIGN = {
     "typer": {"cli"},
     "rich": {"cli", "_demo"},
 }
-LAZY_IMPORTS = {"cli", "_catalogue", "_signing"}
+LAZY_IMPORTS = {"cli", "_catalogue", "_signing", "transport.direct"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 

@@ -71,6 +71,7 @@ from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport._base import Failure, Request, Response, Transport
+from hookwright.transport.direct import DirectTransport
 from hookwright.transport.httpx import HttpxTransport
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "DeliveryRetrying",
     "DeliveryState",
     "DeliverySucceeded",
+    "DirectTransport",
     "Dispatcher",
     "Ed25519Webhooks",
     "Endpoint",

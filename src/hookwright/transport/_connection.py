@@ -1,0 +1,274 @@
+"""One HTTP/1.1 connection that POSTs: strict about what it is answered, and gone as soon as anything unexpected comes.
+
+Parsing is llhttp's, through httptools. What it leaves open is decided here: RFC 9112, 6.1 (a response with both
+framings is an attack, and so is one that is transfer-coded other than chunked), 9.5 (the answer to no question).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from typing import TYPE_CHECKING, Any
+
+from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BUFFER = 64 * 1024
+"""Bytes that are read at once: what the parser is given in one turn of the loop."""
+
+_WIRE_MOST = 1024 * 1024
+"""Bytes of a response, framing included, after which it is cut: endless chunk extensions carry no body."""
+
+_INTERIM_COST = 64
+_BODILESS = frozenset([204, 304])  # RFC 9112, 6.3
+
+
+class _Stop(Exception):
+    """Raised in a callback to stop the parser; why is in the connection's state."""
+
+
+class Stale(Exception):
+    """A kept connection was closed before a byte of the answer came: the receiver need not have seen the request."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A dialled connection. One `post` at a time; `is_reusable` says whether there may be another."""
+
+    __slots__ = (
+        "_body",
+        "_buffer",
+        "_ends_with_connection",
+        "_head_size",
+        "_headers",
+        "_interim_size",
+        "_is_complete",
+        "_is_deaf",
+        "_is_interim",
+        "_loop",
+        "_parser",
+        "_poll",
+        "_posts",
+        "_received",
+        "_refused",
+        "_status",
+        "_view",
+        "_waiter",
+        "has_received",
+        "is_reusable",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, make_parser: Callable[[object], Any], buffer: bytearray) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._parser = make_parser(self)
+        self._buffer = buffer  # of all connections: nothing is left in it when a turn of the loop is over
+        self._view = memoryview(buffer)
+        self._poll: select.poll | None = None
+        self._waiter: asyncio.Future[Response | Failure] | None = None
+        self._posts = 0
+        self.has_received = False
+        self.is_reusable = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._status = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._body = bytearray()
+        self._received = 0
+        self._head_size = 0
+        self._interim_size = 0
+        self._is_interim = False
+        self._ends_with_connection = False
+        self._is_complete = False
+        self._is_deaf = False
+        self._refused = ""
+
+    # -- the sender's side --------------------------------------------------------------------------------------
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing came since the last answer; unread bytes in the kernel count. Else it is not used again."""
+        if self.transport.is_closing() or self.has_received:
+            return False
+        if self._poll is None:
+            if not hasattr(select, "poll"):  # Windows: what the loop has read must do
+                return True
+            self._poll = select.poll()
+            self._poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return self._poll.poll(0) == []
+
+    async def post(self, message: bytes, until: float) -> Response | Failure:
+        """Send a whole request and return its answer, at `until` (the loop's time) at the latest. Raises Stale."""
+        if self._posts:
+            self._begin()
+        self._posts += 1
+        self.is_reusable = False
+        waiter: asyncio.Future[Response | Failure] = self._loop.create_future()
+        self._waiter = waiter
+        timer = self._loop.call_at(until, self._expire)
+        try:
+            if self.transport.is_closing():
+                self._end_of_connection(None)
+            else:
+                self.transport.write(message)
+            return await waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def abort(self) -> None:
+        """Close at once, whatever is still to be sent."""
+        self.transport.abort()
+
+    # -- asyncio's side -----------------------------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """See asyncio.BufferedProtocol."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See asyncio.BufferedProtocol."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            # An answer to no question, or after the answer.
+            self.has_received = True
+            self.is_reusable = False
+            self.transport.abort()
+            return
+        self._received += nbytes
+        try:
+            self._parser.feed_data(self._view[:nbytes])
+        except Exception as error:  # noqa: BLE001  # the parser's own, or what stopped it in a callback
+            self._cut(str(error))
+            return
+        if self._is_complete:
+            self._resolve(waiter, reusable=self.is_reusable and not self.transport.get_write_buffer_size())
+        elif self._received > (_WIRE_MOST if self._status else 2 * RESPONSE_HEADERS + self._interim_size):
+            self._refused = self._refused or "response headers over 32 KiB"
+            self._cut("")
+
+    def eof_received(self) -> None:
+        """See asyncio.BaseProtocol."""
+        self._end_of_connection(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.BaseProtocol."""
+        self._end_of_connection(exc)
+        self._parser = None  # it refers to us
+
+    def _expire(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._finish(Failure("timeout", "no complete answer within the total timeout"))
+
+    def _end_of_connection(self, error: Exception | None) -> None:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._status and self._ends_with_connection and error is None:
+            self._is_complete = True
+            self._resolve(waiter, reusable=False)
+        elif not self._received and self._posts > 1:
+            waiter.set_exception(Stale())
+        elif error is not None:
+            self._finish(Failure("connect_error", "the connection broke"))
+        else:
+            self._finish(Failure("protocol_error", "the receiver hung up before its answer was complete"))
+
+    def _cut(self, words: str) -> None:
+        """End what the parser, or we, would not go on with."""
+        waiter = self._waiter
+        assert waiter is not None
+        if self._is_complete:
+            self._resolve(waiter, reusable=False)  # the answer was whole; what came behind it is dropped
+        elif self._is_deaf:
+            self.transport.pause_reading()  # endless interim responses end by the deadline, and cost nothing until then
+        else:
+            self._finish(Failure("protocol_error", self._refused or words[:200]))
+
+    def _finish(self, failure: Failure) -> None:
+        """Resolve with what there is: from the head on, an answer is judged by its status, however it ended."""
+        assert self._waiter is not None
+        if self._status:
+            self._resolve(self._waiter, reusable=False)
+        else:
+            self._waiter.set_result(failure)
+
+    def _resolve(self, waiter: asyncio.Future[Response | Failure], *, reusable: bool) -> None:
+        self.is_reusable = reusable
+        headers = tuple(
+            [
+                (name.decode("ascii", "replace"), value.strip().decode("utf-8", "replace"))
+                for name, value in self._headers
+            ]
+        )
+        body, self._body, self._headers = self._body, bytearray(), []
+        truncated = not self._is_complete or len(body) > RESPONSE_KEPT
+        waiter.set_result(Response(self._status, headers, bytes(body[:RESPONSE_KEPT]), truncated))
+
+    # -- the parser's side --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        if self._is_complete:
+            raise _Stop
+        self._head_size = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See httptools. Also called with trailers."""
+        self._head_size += len(name) + len(value) + 4  # as sent, with ": " and CRLF
+        if self._head_size > RESPONSE_HEADERS:
+            self._refused = f"response headers over {RESPONSE_HEADERS // 1024} KiB"
+            raise _Stop
+        if not self._status:
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        status: int = self._parser.get_status_code()
+        if 100 <= status < 200 and status != 101:
+            self._is_interim = True
+            self._headers.clear()
+            self._interim_size += self._head_size + _INTERIM_COST
+            if self._interim_size > RESPONSE_HEADERS:
+                self._is_deaf = True
+                raise _Stop
+            return
+        if not 200 <= status <= 599:  # RFC 9110, 15: what a final answer may be
+            self._refused = f"status {status} is no final HTTP status"
+        elif not self._parser.get_http_version().startswith("1."):
+            self._refused = "the answer is not HTTP/1"
+        else:
+            self._check_framing(status)
+        if self._refused:
+            raise _Stop
+        self._status = status
+        self.is_reusable = self._parser.should_keep_alive()
+
+    def _check_framing(self, status: int) -> None:
+        lengths = codings = 0
+        for name, value in self._headers:
+            match name.lower():
+                case b"content-length":
+                    lengths += 1
+                case b"transfer-encoding":
+                    codings += 1 if value.strip().lower() == b"chunked" else 2
+        if lengths + codings > 1:
+            self._refused = "the answer's framing is ambiguous (Content-Length, Transfer-Encoding)"
+        self._ends_with_connection = not lengths and not codings and status not in _BODILESS
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        self._body += body
+        if len(self._body) > RESPONSE_READ:
+            raise _Stop
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        if self._is_interim:
+            self._is_interim = False
+        else:
+            self._is_complete = True
