@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -40,6 +41,7 @@ _READ_AT_ONCE = 2 * 1024
 _BUFFERED = 64 * 1024
 _FLOOD = RESPONSE_READ + 2 * RESPONSE_HEADERS
 _FLOOD_PAUSE = 0.1
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
 
 
 class BlockedTarget(Exception):
@@ -83,6 +85,8 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self._transport: asyncio.Transport
         self._buffer = bytearray()
         self._received = 0
+        self._body_left: int | None = None
+        self._tail = b""
         self._ended = False
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -123,11 +127,6 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
 
     # -- httpcore2's side ---------------------------------------------------------------------------------------
 
-    @property
-    def answered_unasked(self) -> bool:
-        """Whether nothing was read since the last write: an answer now was sent before the question."""
-        return self._received == 0
-
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self._received > _FLOOD:
             # Endless interim responses or one-byte chunks would hold the processor until the deadline.
@@ -141,13 +140,34 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         if self._error is not None and not self._buffer:
             raise httpcore2.ReadError("the connection broke")
         # Little at once: the parser does not yield between the events in it. 64 KiB of one-byte chunks take it 0.5 s.
-        data = bytes(self._buffer[: min(max_bytes, _READ_AT_ONCE)])
+        data = self._piece(min(max_bytes, _READ_AT_ONCE))
         del self._buffer[: len(data)]
         self._received += len(data)
         return data
 
+    def expect_body(self, length: int) -> None:
+        """Say how long the body is, whose head has just been read."""
+        self._body_left = length
+
+    def _piece(self, most: int) -> bytes:
+        # Never beyond a message: what follows was not asked for. It stays here, where it is seen, and not in the
+        # parser, which would take it for the answer to the next request. A head and a chunked body end in an empty
+        # line; one within a chunk only makes the pieces smaller.
+        if self._body_left is not None:
+            data = bytes(self._buffer[: min(most, self._body_left)])
+            self._body_left -= len(data)
+            return data
+        data = bytes(self._buffer[:most])
+        end = _EMPTY_LINE.search(self._tail + data)
+        if end is not None:
+            data = data[: end.end() - len(self._tail)]
+        self._tail = b"" if end is not None else (self._tail + data)[-2:]
+        return data
+
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._received = 0
+        self._body_left = None
+        self._tail = b""
         if self._transport.is_closing():
             raise httpcore2.WriteError("the connection broke")
         self._transport.write(buffer)
@@ -344,9 +364,9 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
                 )
             )
             stream = answer.extensions.get("network_stream")
-            if isinstance(stream, _Connection) and stream.answered_unasked:
-                await answer.aclose()
-                raise httpcore2.RemoteProtocolError("the answer was sent before the request")
+            length = _content_length(answer.headers)
+            if isinstance(stream, _Connection) and length is not None:
+                stream.expect_body(length)
         except BaseException:
             self._leave(pool)
             raise
@@ -459,6 +479,13 @@ class _Body(httpx2.AsyncByteStream):
             await self._answer.aclose()
         finally:
             self._transport._leave(self._pool)  # noqa: SLF001  # the same file's other half
+
+
+def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
+    fields = {name.lower(): value for name, value in headers}
+    if b"transfer-encoding" in fields or b"content-length" not in fields:
+        return None
+    return int(fields[b"content-length"])  # digits only: the parser has seen to it
 
 
 def _build_context(loop: asyncio.AbstractEventLoop, ready: asyncio.Future[ssl.SSLContext]) -> None:
