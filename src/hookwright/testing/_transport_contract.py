@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from hookwright.testing._transport_contract_addresses import AddressContract
 from hookwright.testing._transport_contract_endings import EndingContract
 from hookwright.testing._transport_contract_floods import FloodContract
 from hookwright.testing._transport_contract_framing import FramingContract
+from hookwright.testing._transport_contract_pools import PoolContract, SendingContract
 from hookwright.testing._transport_contract_tls import TLSContract
 
 
-class TransportContract(EndingContract, FramingContract, FloodContract, TLSContract):
+class TransportContract(
+    EndingContract, FramingContract, FloodContract, TLSContract, AddressContract, SendingContract, PoolContract
+):
     """What a transport must do to be one: subclass it in a test module, and say how to make yours.
 
     Needs pytest, pytest-asyncio in auto mode, and trustme. `make_transport` returns a new transport that keeps to

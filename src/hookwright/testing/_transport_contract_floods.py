@@ -112,9 +112,7 @@ class FloodContract(ContractBase):
             flooded = asyncio.create_task(encounter.send(total_timeout=3))
             await encounter.receiver.arrived.get()
             for number in range(5):
-                request = encounter.request(
-                    url=encounter.other.url(), endpoint_id=f"ep_other_{number}", total_timeout=2
-                )
+                request = encounter.request(url=encounter.other.url(), endpoint_id=f"ep_x{number}", total_timeout=2)
                 answer = await encounter.transport.send(request)
                 assert Said(200, b"good").accepts(answer), answer
             flooded.cancel()
