@@ -40,6 +40,7 @@ _DIAL_LEAST = 1.0
 _READ_AT_ONCE = 2 * 1024
 _BUFFERED = 64 * 1024
 _FLOOD = RESPONSE_READ + 2 * RESPONSE_HEADERS
+_HEAD_MOST = RESPONSE_HEADERS + 8 * 1024
 _FLOOD_PAUSE = 0.1
 _EMPTY_LINE = re.compile(rb"\n\r?\n")
 
@@ -85,6 +86,7 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self._transport: asyncio.Transport
         self._buffer = bytearray()
         self._received = 0
+        self._head_left: int | None = None
         self._body_left: int | None = None
         self._tail = b""
         self._ended = False
@@ -145,9 +147,10 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self._received += len(data)
         return data
 
-    def expect_body(self, length: int) -> None:
-        """Say how long the body is, whose head has just been read."""
-        self._body_left = length
+    def begin_body(self, length: str | None) -> None:
+        """Say that the head was read, and the body's length where it has one: digits, the parser has seen to it."""
+        self._head_left = None
+        self._body_left = None if length is None else int(length)
 
     def _piece(self, most: int) -> bytes:
         # Never beyond a message: what follows was not asked for. It stays here, where it is seen, and not in the
@@ -162,16 +165,20 @@ class _Connection(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         if end is not None:
             data = data[: end.end() - len(self._tail)]
         self._tail = b"" if end is not None else (self._tail + data)[-2:]
+        if self._head_left is not None:
+            self._head_left = _HEAD_MOST if end is not None else self._head_left - len(data)
+            if self._head_left < 0:  # the parser would take 100 KiB, and all of them at once
+                raise httpcore2.RemoteProtocolError(f"response headers over {RESPONSE_HEADERS // 1024} KiB")
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._received = 0
-        self._body_left = None
-        self._tail = b""
-        if self._transport.is_closing():
-            raise httpcore2.WriteError("the connection broke")
-        self._transport.write(buffer)
-        await self._writable.wait()
+        self._head_left, self._body_left, self._tail = _HEAD_MOST, None, b""
+        for start in range(0, len(buffer), _BUFFERED):  # TLS would take everything at once, three times over
+            if self._transport.is_closing():
+                raise httpcore2.WriteError("the connection broke")
+            self._transport.write(buffer[start : start + _BUFFERED])
+            await self._writable.wait()
 
     async def aclose(self) -> None:
         # Not close(): that waits until what is buffered was sent, for a receiver that may never read.
@@ -363,14 +370,15 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
                     content=request.stream,
                 )
             )
-            stream = answer.extensions.get("network_stream")
-            length = _content_length(answer.headers)
-            if isinstance(stream, _Connection) and length is not None:
-                stream.expect_body(length)
         except BaseException:
             self._leave(pool)
             raise
-        return httpx2.Response(answer.status, headers=answer.headers, stream=_Body(self, pool, answer))
+        received = httpx2.Response(answer.status, headers=answer.headers, stream=_Body(self, pool, answer))
+        connection = answer.extensions.get("network_stream")
+        if isinstance(connection, _Connection):
+            chunked = "transfer-encoding" in received.headers
+            connection.begin_body(None if chunked else received.headers.get("content-length"))
+        return received
 
     async def aclose(self) -> None:
         """Close every pool."""
@@ -479,13 +487,6 @@ class _Body(httpx2.AsyncByteStream):
             await self._answer.aclose()
         finally:
             self._transport._leave(self._pool)  # noqa: SLF001  # the same file's other half
-
-
-def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
-    fields = {name.lower(): value for name, value in headers}
-    if b"transfer-encoding" in fields or b"content-length" not in fields:
-        return None
-    return int(fields[b"content-length"])  # digits only: the parser has seen to it
 
 
 def _build_context(loop: asyncio.AbstractEventLoop, ready: asyncio.Future[ssl.SSLContext]) -> None:
