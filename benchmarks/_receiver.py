@@ -91,8 +91,8 @@ class Receivers:
 async def receivers(answering: int, hanging: int = 0, certificate: Path | None = None) -> AsyncIterator[Receivers]:
     """Start the process, and end it."""
     pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-m", "benchmarks._receiver", str(answering), str(hanging))
-    command += () if certificate is None else (str(certificate),)
+    further = () if certificate is None else (str(certificate),)
+    command = (sys.executable, "-m", "benchmarks._receiver", str(answering), str(hanging), *further)
     scheme = "http" if certificate is None else "https"
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26)
     assert process.stdout is not None

@@ -254,7 +254,7 @@ def advice(rule: str) -> str:
     """Return what would allow an address that this rule refuses."""
     setting = {
         "loopback": "allow_loopback=True",
-        "cloud metadata": 'allow=["169.254.169.254/32"]',
+        "cloud metadata": "allow=[that very address]",
         "plain http": "allow_http=True",
         "port": "allow_ports=[...]",
     }.get(rule, "allow=[...]")

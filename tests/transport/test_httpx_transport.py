@@ -194,16 +194,6 @@ async def test_the_least_recently_used_idle_pool_makes_room() -> None:
         assert receiver.connections == 4
 
 
-async def test_an_answer_sent_before_the_request_is_no_answer() -> None:
-    forged = OK + OK
-    async with receiving(answers(forged, OK)) as receiver, transporting(pinned()) as transport:
-        assert status(await transport.send(request(receiver.url()))) == 200
-        answer = await transport.send(request(receiver.url()))
-        assert code(answer) == "protocol_error"
-        assert status(await transport.send(request(receiver.url()))) == 200
-        assert receiver.connections == 2
-
-
 async def test_an_idle_connection_that_something_arrived_on_is_not_used_again() -> None:
     forge = asyncio.Event()
     forged = asyncio.Event()

@@ -1,4 +1,4 @@
-"""For tests: a transport that answers by a script, a real receiver, a virtual clock, and the storage contract."""
+"""For tests: a transport that answers by a script, a real receiver, a virtual clock, and the contracts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from hookwright.testing._inbox import Inbox, Received
 from hookwright.testing._transport import FakeTransport
 
 if TYPE_CHECKING:
-    # Not in __all__: `from hookwright.testing import *` must not need what the contract needs.
+    # Not in __all__: `from hookwright.testing import *` must not need what the contracts need.
     from hookwright.testing._storage_contract import StorageContract as StorageContract
+    from hookwright.testing._transport_contract import TransportContract as TransportContract
 
 __all__ = ["FakeTransport", "Inbox", "Received", "VirtualClock"]
 
-_CONTRACT = "hookwright.testing._storage_contract"
-_PARTS = ("base", "cancel", "endpoints", "hands", "history", "lanes", "law", "outbox")
+_STORAGE_PARTS = ("base", "cancel", "endpoints", "hands", "history", "lanes", "law", "outbox")
+_TRANSPORT_PARTS = ("addresses", "base", "endings", "floods", "framing", "pools", "tls")
+_CONTRACTS = {
+    "StorageContract": ("hookwright.testing._storage_contract", _STORAGE_PARTS),
+    "TransportContract": ("hookwright.testing._transport_contract", _TRANSPORT_PARTS),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the contract needs pytest and Hypothesis, and everything else here must work without them.
-    if name != "StorageContract":
+    # On demand: the contracts need pytest, Hypothesis and trustme, and everything else here must work without them.
+    if name not in _CONTRACTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, parts = _CONTRACTS[name]
     pytest = importlib.import_module("pytest")
-    pytest.register_assert_rewrite(*(f"{_CONTRACT}_{part}" for part in _PARTS))
-    return importlib.import_module(_CONTRACT).StorageContract
+    pytest.register_assert_rewrite(*(f"{module}_{part}" for part in parts))
+    return getattr(importlib.import_module(module), name)

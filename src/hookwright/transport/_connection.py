@@ -21,6 +21,7 @@ BUFFER = 64 * 1024
 _WIRE_MOST = 1024 * 1024
 """Bytes of a response, framing included, after which it is cut: endless chunk extensions carry no body."""
 
+_PIECE = 64 * 1024
 _INTERIM_COST = 64
 _BODILESS = frozenset([204, 304])  # RFC 9112, 6.3
 
@@ -38,7 +39,6 @@ class Connection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_body",
-        "_buffer",
         "_ends_with_connection",
         "_head_size",
         "_headers",
@@ -46,6 +46,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_complete",
         "_is_deaf",
         "_is_interim",
+        "_is_paused",
         "_loop",
         "_parser",
         "_poll",
@@ -53,6 +54,7 @@ class Connection(asyncio.BufferedProtocol):
         "_received",
         "_refused",
         "_status",
+        "_unsent",
         "_view",
         "_waiter",
         "has_received",
@@ -65,11 +67,12 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, make_parser: Callable[[object], Any], buffer: bytearray) -> None:
         self._loop = asyncio.get_running_loop()
         self._parser = make_parser(self)
-        self._buffer = buffer  # of all connections: nothing is left in it when a turn of the loop is over
-        self._view = memoryview(buffer)
+        self._view = memoryview(buffer)  # of all connections: nothing is left in it when a turn of the loop is over
         self._poll: select.poll | None = None
         self._waiter: asyncio.Future[Response | Failure] | None = None
         self._posts = 0
+        self._unsent: bytes | memoryview = b""
+        self._is_paused = False
         self.has_received = False
         self.is_reusable = False
         self._begin()
@@ -114,11 +117,27 @@ class Connection(asyncio.BufferedProtocol):
             if self.transport.is_closing():
                 self._end_of_connection(None)
             else:
-                self.transport.write(message)
+                self._unsent = message
+                self._write()
             return await waiter
         finally:
             timer.cancel()
             self._waiter = None
+            self._unsent = b""
+
+    def _write(self) -> None:
+        # In pieces: TLS would encrypt all of a large request at once, three times its size, for a receiver that may
+        # never read.
+        while self._unsent and not self._is_paused:
+            if len(self._unsent) <= _PIECE:
+                piece, self._unsent = self._unsent, b""
+            else:
+                piece, self._unsent = self._unsent[:_PIECE], memoryview(self._unsent)[_PIECE:]
+            self.transport.write(piece)
+
+    @property
+    def _is_sent(self) -> bool:
+        return not self._unsent and not self.transport.get_write_buffer_size()
 
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
@@ -126,9 +145,9 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- asyncio's side -----------------------------------------------------------------------------------------
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
-        return self._buffer
+        return self._view  # asyncio's TLS reads into slices of it: of a bytearray they would be copies
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio.BufferedProtocol."""
@@ -146,10 +165,19 @@ class Connection(asyncio.BufferedProtocol):
             self._cut(str(error))
             return
         if self._is_complete:
-            self._resolve(waiter, reusable=self.is_reusable and not self.transport.get_write_buffer_size())
+            self._resolve(waiter, reusable=self.is_reusable and self._is_sent)
         elif self._received > (_WIRE_MOST if self._status else 2 * RESPONSE_HEADERS + self._interim_size):
             self._refused = self._refused or "response headers over 32 KiB"
             self._cut("")
+
+    def pause_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
+        self._is_paused = False
+        self._write()
 
     def eof_received(self) -> None:
         """See asyncio.BaseProtocol."""

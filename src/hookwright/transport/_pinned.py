@@ -7,6 +7,7 @@ would reuse host A's connection for host B without checking B's certificate.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 _READ_AT_ONCE = 2 * 1024
 _BUFFERED = 64 * 1024
 _FLOOD = RESPONSE_READ + 2 * RESPONSE_HEADERS
+_HEAD_MOST = RESPONSE_HEADERS + 8 * 1024
 _FLOOD_PAUSE = 0.1
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
 
 
 class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
@@ -46,6 +49,9 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self.transport: asyncio.Transport
         self._buffer = bytearray()
         self._received = 0
+        self._head_left: int | None = None
+        self._body_left: int | None = None
+        self._tail = b""
         self._ended = False
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -87,11 +93,6 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         """Whether something arrived that nobody has read."""
         return bool(self._buffer)
 
-    @property
-    def answered_unasked(self) -> bool:
-        """Whether nothing was read since the last write: an answer now was sent before the question."""
-        return self._received == 0
-
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         if self._received > _FLOOD:
             # Endless interim responses or one-byte chunks would hold the processor until the deadline.
@@ -105,17 +106,43 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         if self._error is not None and not self._buffer:
             raise httpcore2.ReadError("the connection broke")
         # Little at once: the parser does not yield between the events in it. 64 KiB of one-byte chunks take it 0.5 s.
-        data = bytes(self._buffer[: min(max_bytes, _READ_AT_ONCE)])
+        data = self._piece(min(max_bytes, _READ_AT_ONCE))
         del self._buffer[: len(data)]
         self._received += len(data)
         return data
 
+    def begin_body(self, length: str | None) -> None:
+        """Say that the head was read, and the body's length where it has one: digits, the parser has seen to it."""
+        self._head_left = None
+        self._body_left = None if length is None else int(length)
+
+    def _piece(self, most: int) -> bytes:
+        # Never beyond a message: what follows was not asked for. It stays here, where it is seen, and not in the
+        # parser, which would take it for the answer to the next request. A head and a chunked body end in an empty
+        # line; one within a chunk only makes the pieces smaller.
+        if self._body_left is not None:
+            data = bytes(self._buffer[: min(most, self._body_left)])
+            self._body_left -= len(data)
+            return data
+        data = bytes(self._buffer[:most])
+        end = _EMPTY_LINE.search(self._tail + data)
+        if end is not None:
+            data = data[: end.end() - len(self._tail)]
+        self._tail = b"" if end is not None else (self._tail + data)[-2:]
+        if self._head_left is not None:
+            self._head_left = _HEAD_MOST if end is not None else self._head_left - len(data)
+            if self._head_left < 0:  # the parser would take 100 KiB, and all of them at once
+                raise httpcore2.RemoteProtocolError(f"response headers over {RESPONSE_HEADERS // 1024} KiB")
+        return data
+
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         self._received = 0
-        if self.transport.is_closing():
-            raise httpcore2.WriteError("the connection broke")
-        self.transport.write(buffer)
-        await self._writable.wait()
+        self._head_left, self._body_left, self._tail = _HEAD_MOST, None, b""
+        for start in range(0, len(buffer), _BUFFERED):  # TLS would take everything at once, three times over
+            if self.transport.is_closing():
+                raise httpcore2.WriteError("the connection broke")
+            self.transport.write(buffer[start : start + _BUFFERED])
+            await self._writable.wait()
 
     async def aclose(self) -> None:
         # Not close(): that waits until what is buffered was sent, for a receiver that may never read.
@@ -201,15 +228,16 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
                     content=request.stream,
                 )
             )
-            stream = answer.extensions.get("network_stream")
-            if isinstance(stream, _Stream) and stream.answered_unasked:
-                await answer.aclose()
-                raise httpcore2.RemoteProtocolError("the answer was sent before the request")
         except BaseException:
             self._pools.leave(pool)
             raise
         body = _Body(answer, partial(self._pools.leave, pool))
-        return httpx2.Response(answer.status, headers=answer.headers, stream=body)
+        received = httpx2.Response(answer.status, headers=answer.headers, stream=body)
+        stream = answer.extensions.get("network_stream")
+        if isinstance(stream, _Stream):
+            chunked = "transfer-encoding" in received.headers
+            stream.begin_body(None if chunked else received.headers.get("content-length"))
+        return received
 
     async def aclose(self) -> None:
         """Close every pool."""

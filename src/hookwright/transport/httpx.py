@@ -138,6 +138,9 @@ class _Answer:
         raw = received.headers.raw
         if not 200 <= received.status_code <= 599:  # RFC 9110, 15: what a final answer may be
             self.refused = f"status {received.status_code} is no final HTTP status"
+        elif {b"content-length", b"transfer-encoding"} <= {name.lower() for name, _ in raw}:
+            # RFC 9112, 6.3: which of the two ends the body is what request smuggling is made of.
+            self.refused = "both Content-Length and Transfer-Encoding"
         elif sum(len(name) + len(value) + 4 for name, value in raw) > RESPONSE_HEADERS:  # as sent, with ": " and CRLF
             self.refused = f"response headers over {RESPONSE_HEADERS // 1024} KiB"
         else:
