@@ -41,6 +41,7 @@ LINES = [
     ["_endpoints", "_events", "_explain"],
     ["_deliveries", "_emitter", "_settings"],
     ["_worker"],
+    ["_services"],
     ["_dispatcher"],
     ["receiver"],
 ]
