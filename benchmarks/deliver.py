@@ -59,7 +59,7 @@ async def _bare_loop(urls: list[str], count: int) -> tuple[float, float]:
 
 async def _delivered(path: Path, urls: list[str], count: int, transport: Transport | None) -> tuple[float, float]:
     async with Dispatcher(
-        f"sqlite:///{path}", transport=transport, network=NetworkPolicy.development(), concurrency=IN_FLIGHT
+        f"sqlite:///{path}", transport=transport, network=NetworkPolicy.development(), concurrency=IN_FLIGHT, keys=[]
     ) as dispatcher:
         endpoints = [await dispatcher.endpoints.create(url, events=[f"e{n}"]) for n, url in enumerate(urls)]
         for _ in range(3):

@@ -26,7 +26,7 @@ from hookwright._observe import DeliveryCancelled, ObserverHub
 from hookwright._prepare import Preparer
 from hookwright._profile import Profile
 from hookwright._services import Services
-from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of
+from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of, vault_of
 from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hookwright._models import AttributeValue
     from hookwright._observe import Observation, Subscription
     from hookwright._retry import Random
+    from hookwright._vault import EncryptionKey
     from hookwright.storage._base import Storage
     from hookwright.transport._base import Transport
 
@@ -69,7 +70,9 @@ class Dispatcher:
     `hookwright.delivery.failed`, for endpoints that subscribe to them or to `hookwright.*` (`*` does not match them).
     They carry the tenant of the endpoint that they are about: an operator's endpoint has `tenant=ALL_TENANTS`.
     `endpoint_id_prefix` begins the ids of endpoints; `random` spreads pauses. `deliver=False` makes a process that
-    emits and reads but leaves delivering to another.
+    emits and reads but leaves delivering to another. `keys` encrypt what is stored of endpoints' secrets and header
+    values: the first does, the others still open what they once encrypted (see `endpoints.reencrypt`). An endpoint
+    whose key is missing is held, never sent to unsigned. `keys=[]` stores clear text; so does None, with a warning.
 
     Several processes may share one SQLite file: one delivers, the others stand by and take over when it ends.
 
@@ -106,6 +109,7 @@ class Dispatcher:
         endpoint_id_prefix: str = "ep",
         random: Random | None = None,
         deliver: bool = True,
+        keys: Sequence[EncryptionKey] | None = None,
     ) -> None:
         check_parts(profiles, network, transport, clock, catalogue)
         profiles = {"default": Profile(), **(profiles or {})}
@@ -117,7 +121,8 @@ class Dispatcher:
         self._shutdown_timeout = shutdown_timeout
         self._deliver = deliver
         self._observers = ObserverHub()
-        self._cache = EndpointCache(self._storage)
+        self._vault = vault_of(keys, self._storage)
+        self._cache = EndpointCache(self._storage, self._vault)
         self._preparer = Preparer(
             self._cache,
             profiles,
@@ -179,6 +184,7 @@ class Dispatcher:
             network=network,
             profiles=profiles,
             cache=self._cache,
+            vault=self._vault,
             catalogue=catalogue,
             operational=operational,
             id_prefix=id_prefix,
