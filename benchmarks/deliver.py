@@ -53,7 +53,7 @@ class AtOnce:
 
 async def _delivered(path: Path, urls: list[str], count: int, transport: Transport | None) -> Measured:
     async with Dispatcher(
-        f"sqlite:///{path}", transport=transport, network=NetworkPolicy.development(), concurrency=IN_FLIGHT
+        f"sqlite:///{path}", transport=transport, network=NetworkPolicy.development(), concurrency=IN_FLIGHT, keys=[]
     ) as dispatcher:
         endpoints = [await dispatcher.endpoints.create(url, events=[f"e{n}"]) for n, url in enumerate(urls)]
         for _ in range(3):

@@ -42,7 +42,7 @@ async def run(*, quick: bool) -> Report:
 
         async def emitters(number: int) -> float:
             storage = SQLiteStorage(Path(folder) / f"{next(numbers)}.db")
-            async with Dispatcher(storage, transport=FakeTransport(), deliver=False) as dispatcher:
+            async with Dispatcher(storage, transport=FakeTransport(), deliver=False, keys=[]) as dispatcher:
                 await dispatcher.endpoints.create("https://receiver.example/", events=["*"])
                 await dispatcher.emit("warm.up")
                 each = count // 8 if number == 1 else count // number

@@ -55,7 +55,7 @@ async def run(*, quick: bool) -> Report:
     waiting, seconds = (2_000, 0.5) if quick else (WAITING, SECONDS)
     transport = Transport()
     with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
-        async with Dispatcher(f"sqlite:///{Path(folder) / 'hooks.db'}", transport=transport) as dispatcher:
+        async with Dispatcher(f"sqlite:///{Path(folder) / 'hooks.db'}", transport=transport, keys=[]) as dispatcher:
             gone = await dispatcher.endpoints.create("https://gone.example/", events=["gone"])
             await dispatcher.endpoints.create("https://good.example/", events=["good"])
             await dispatcher.endpoints.pause(gone.id)

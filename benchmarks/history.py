@@ -104,7 +104,7 @@ async def run(*, quick: bool) -> Report:
     rows = 2_000 if quick else ROWS
     with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
         paths = [Path(folder) / name for name in ("full.db", "empty.db")]
-        options: dict[str, Any] = {"transport": FakeTransport(), "deliver": False}
+        options: dict[str, Any] = {"transport": FakeTransport(), "deliver": False, "keys": []}
         async with Dispatcher(f"sqlite:///{paths[0]}", **options) as full:
             ids = [(await full.endpoints.create("https://a.example/", events=["type.1"])).id for _ in range(ENDPOINTS)]
         await asyncio.to_thread(_fill, paths[0], ids, rows)

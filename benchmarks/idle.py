@@ -15,7 +15,7 @@ async def run(*, quick: bool) -> Report:
     """Measure."""
     seconds = 1 if quick else 10
     with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
-        async with Dispatcher(f"sqlite:///{Path(folder) / 'hooks.db'}") as dispatcher:
+        async with Dispatcher(f"sqlite:///{Path(folder) / 'hooks.db'}", keys=[]) as dispatcher:
             for n in range(1000):
                 await dispatcher.endpoints.create(f"https://receiver.example/{n}", events=["*"])
             await asyncio.sleep(0.5)

@@ -23,7 +23,9 @@ def _p99(values: list[float]) -> float:
 async def _delays(path: Path, hanging: int, total: int, waiting: int, seconds: float) -> list[float]:
     async with (
         receivers(1, 1) as there,
-        Dispatcher(f"sqlite:///{path}", network=NetworkPolicy.development(), shutdown_timeout=0.2) as dispatcher,
+        Dispatcher(
+            f"sqlite:///{path}", network=NetworkPolicy.development(), shutdown_timeout=0.2, keys=[]
+        ) as dispatcher,
     ):
         good = [
             await dispatcher.endpoints.create(f"{there.answering[0]}{n}", events=["good", f"good.{n}"])

@@ -24,7 +24,7 @@ LINES = [
     ["_clock", "_deadlines", "_ids", "_secret", "_addresses", "_certificate"],
     ["_health"],
     ["_models"],
-    ["_envelope", "_signing", "_observe", "transport._base", "storage._base"],
+    ["_envelope", "_signing", "_observe", "_vault", "transport._base", "storage._base"],
     ["_catalogue", "_retry"],
     ["_snapshot"],
     ["_profile", "_matching"],
@@ -42,6 +42,7 @@ LINES = [
     ["_endpoints", "_events", "_explain"],
     ["_deliveries", "_emitter", "_settings"],
     ["_worker"],
+    ["_services"],
     ["_dispatcher"],
     ["receiver"],
 ]
@@ -53,12 +54,12 @@ FOREIGN = {
     "aiosqlite": {"storage.sqlite._owner"},
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},
     "tenacity": {"_retry"},
-    "cryptography": {"_signing"},
+    "cryptography": {"_signing", "_vault"},
     "jsonschema": {"_catalogue"},
     "typer": {"cli"},
     "rich": {"cli", "_demo"},
 }
-LAZY_IMPORTS = {"cli", "_catalogue", "_signing", "transport.direct"}
+LAZY_IMPORTS = {"cli", "_catalogue", "_signing", "_vault", "transport.direct"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 

@@ -8,6 +8,8 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +26,7 @@ from hookwright import (
     StorageError,
     StorageFull,
 )
+from hookwright._models import EndpointRow, Key
 from hookwright.storage.sqlite import _owner, _schema
 from hookwright.testing import FakeTransport
 from tests.conftest import URL
@@ -176,3 +179,31 @@ def test_a_forgotten_aclose_does_not_hang_the_interpreters_exit(tmp_path: Path) 
     emitted, left_main_at = done.stdout.split()
     assert emitted == "emitted"
     assert time.monotonic() - float(left_main_at) < 2
+
+
+async def test_scrubbing_clears_what_divided_pages_left_behind(path: Path) -> None:
+    storage, random = SQLiteStorage(path), Random(4)  # with this seed `secure_delete` alone leaves two copies
+    await storage.open(Clock())
+    rows = [_endpoint(random) for _ in range(300)]
+    rows = list(await asyncio.gather(*map(storage.create_endpoint, rows)))
+    for change in (_headers, _headers, _key):
+        random.shuffle(rows)
+        rows = list(await asyncio.gather(*(storage.update_endpoint(change(row, random)) for row in rows)))
+    await storage.scrub_endpoints()
+    found = b"".join(file.read_bytes() for file in path.parent.iterdir())
+    assert b"yyyy" in found
+    assert b"MARKE" not in found
+    await storage.close()
+
+
+def _endpoint(random: Random) -> EndpointRow:
+    row = EndpointRow(f"ep_{random.random()}", "u", ("*",), 0, 0, keys=(Key("MARKER" * random.randint(1, 9)),))
+    return replace(row, headers=(("a", "x" * random.randint(0, 900)),))
+
+
+def _headers(row: EndpointRow, random: Random) -> EndpointRow:
+    return replace(row, headers=(("a", "x" * random.randint(0, 2500)),))
+
+
+def _key(row: EndpointRow, random: Random) -> EndpointRow:
+    return replace(row, keys=(Key("y" * random.randint(60, 300)),))

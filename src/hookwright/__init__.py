@@ -65,6 +65,7 @@ from hookwright._retry import DeliveryError, RetryPolicy
 from hookwright._secret import Secret
 from hookwright._signing import Ed25519Webhooks, HexSignature, Signer, StandardWebhooks
 from hookwright._snapshot import NewEvent
+from hookwright._vault import EncryptionKey
 from hookwright._version import __version__
 from hookwright.receiver import VerificationFailed
 from hookwright.storage._base import Storage
@@ -98,6 +99,7 @@ __all__ = [
     "DirectTransport",
     "Dispatcher",
     "Ed25519Webhooks",
+    "EncryptionKey",
     "Endpoint",
     "EndpointDisabled",
     "EndpointFailing",

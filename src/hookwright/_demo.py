@@ -173,7 +173,11 @@ async def run(console: Console, expected: Mapping[str, Mapping[str, int]] = EXPE
         async with (
             _receivers() as receivers,
             Dispatcher(
-                f"sqlite:///{database}", profiles=profiles, network=NetworkPolicy.development(), shutdown_timeout=1.0
+                f"sqlite:///{database}",
+                profiles=profiles,
+                network=NetworkPolicy.development(),
+                shutdown_timeout=1.0,
+                keys=[],
             ) as dispatcher,
         ):
             names = await _subscribe(console, dispatcher, receivers)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random as random_module
 from datetime import datetime, timedelta
 from enum import Enum
-from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-
-import anyio
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from hookwright._addresses import NetworkPolicy
 from hookwright._clock import SECOND, Clock
@@ -19,20 +15,29 @@ from hookwright._deliveries import Deliveries
 from hookwright._delivery import Deliverer
 from hookwright._emitter import Emitter
 from hookwright._endpoints import Endpoints
-from hookwright._errors import ConfigurationError, StorageClosed, StorageError
+from hookwright._errors import ConfigurationError, StorageError
 from hookwright._events import Events
 from hookwright._matching import EndpointCache
 from hookwright._models import Health, Receipt
 from hookwright._observe import DeliveryCancelled, ObserverHub
 from hookwright._prepare import Preparer
 from hookwright._profile import Profile
-from hookwright._settings import check_parts, check_settings, health_policy, id_prefix, storage_of, transport_of
+from hookwright._services import Services
+from hookwright._settings import (
+    check_parts,
+    check_settings,
+    health_policy,
+    id_prefix,
+    storage_of,
+    transport_of,
+    vault_of,
+)
 from hookwright._snapshot import NewEvent
 from hookwright._version import __version__
 from hookwright._worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     from hookwright._catalogue import Catalogue
@@ -40,17 +45,13 @@ if TYPE_CHECKING:
     from hookwright._models import AttributeValue
     from hookwright._observe import Observation, Subscription
     from hookwright._retry import Random
+    from hookwright._vault import EncryptionKey
     from hookwright.storage._base import Storage
     from hookwright.transport._base import Transport
 
     ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
 
-_logger = logging.getLogger("hookwright")
-
 _OBSERVER_GRACE = 1.0
-_STANDBY_INTERVAL = 1.0
-_RETENTION_INTERVAL = 3600.0
-_WATCH_TIMEOUT = 3600.0
 
 
 class _State(Enum):
@@ -73,7 +74,9 @@ class Dispatcher:
     `hookwright.delivery.failed`, for endpoints that subscribe to them or to `hookwright.*` (`*` does not match them).
     They carry the tenant of the endpoint that they are about: an operator's endpoint has `tenant=ALL_TENANTS`.
     `endpoint_id_prefix` begins the ids of endpoints; `random` spreads pauses. `deliver=False` makes a process that
-    emits and reads but leaves delivering to another.
+    emits and reads but leaves delivering to another. `keys` encrypt what is stored of endpoints' secrets and header
+    values: the first does, the others still open what they once encrypted (see `endpoints.reencrypt`). An endpoint
+    whose key is missing is held, never sent to unsigned. `keys=[]` stores clear text; so does None, with a warning.
 
     Several processes may share one SQLite file: one delivers, the others stand by and take over when it ends.
 
@@ -110,6 +113,7 @@ class Dispatcher:
         endpoint_id_prefix: str = "ep",
         random: Random | None = None,
         deliver: bool = True,
+        keys: Sequence[EncryptionKey] | None = None,
     ) -> None:
         check_parts(profiles, network, transport, clock, catalogue)
         profiles = {"default": Profile(), **(profiles or {})}
@@ -119,10 +123,10 @@ class Dispatcher:
         self._transport = transport_of(transport, network)
         self._clock = clock or Clock()
         self._shutdown_timeout = shutdown_timeout
-        self._retention = retention
         self._deliver = deliver
         self._observers = ObserverHub()
-        self._cache = EndpointCache(self._storage)
+        self._vault = vault_of(keys, self._storage)
+        self._cache = EndpointCache(self._storage, self._vault)
         self._preparer = Preparer(
             self._cache,
             profiles,
@@ -153,24 +157,11 @@ class Dispatcher:
             on_ended=self._note_ended,
         )
         self._make_facades(network, profiles, catalogue, id_prefix(endpoint_id_prefix), lease, operational_events)
-        self._worker = Worker(
-            self._storage,
-            self._deliverer,
-            cache=self._cache,
-            clock=self._clock,
-            observers=self._observers,
-            concurrency=concurrency,
-            endpoint_concurrency=endpoint_concurrency,
-            lease=lease,
-            on_stopped_endpoints=self._endpoints_changed,
-        )
+        self._make_services(concurrency, endpoint_concurrency, lease, retention)
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid, self._delivering = os.getpid(), False
-        self._sweep = asyncio.Event()
-        self._services: asyncio.Task[None] | None = None
+        self._pid = os.getpid()
         self._closing: asyncio.Task[None] | None = None
-        self._stop_services = asyncio.Event()
 
     def _make_facades(
         self,
@@ -197,6 +188,7 @@ class Dispatcher:
             network=network,
             profiles=profiles,
             cache=self._cache,
+            vault=self._vault,
             catalogue=catalogue,
             operational=operational,
             id_prefix=id_prefix,
@@ -205,6 +197,29 @@ class Dispatcher:
             check_usable=self._check_usable,
             changed=self._endpoints_changed,
             try_out=self._deliverer.try_out,
+        )
+
+    def _make_services(
+        self, concurrency: int, endpoint_concurrency: int, lease: float, retention: timedelta | None
+    ) -> None:
+        self._worker = Worker(
+            self._storage,
+            self._deliverer,
+            cache=self._cache,
+            clock=self._clock,
+            observers=self._observers,
+            concurrency=concurrency,
+            endpoint_concurrency=endpoint_concurrency,
+            lease=lease,
+            on_stopped_endpoints=self._endpoints_changed,
+        )
+        self._services = Services(
+            self._storage,
+            self._worker,
+            clock=self._clock,
+            retention=retention,
+            deliver=self._deliver,
+            on_swept=lambda: self.deliveries.note_ended(None),
         )
 
     def __repr__(self) -> str:
@@ -325,11 +340,11 @@ class Dispatcher:
             except StorageError as failed:
                 error = f"{type(failed).__name__}: {failed}"
         state = self._state.name.lower()
-        if self._state is _State.RUNNING and self._deliver and not self._delivering:
+        if self._state is _State.RUNNING and self._deliver and not self._services.delivering:
             state = "standby"
         return Health(
             state=state,
-            is_delivering=self._delivering,
+            is_delivering=self._services.delivering,
             pending=pending,
             leased=leased,
             in_flight=self._worker.in_flight,
@@ -345,7 +360,7 @@ class Dispatcher:
     @property
     def is_delivering(self) -> bool:
         """Whether this process delivers; False while it stands by, with `deliver=False`, and when not running."""
-        return self._delivering
+        return self._services.delivering
 
     async def start(self) -> None:
         """Open the storage and begin to deliver. Raises ConfigurationError when started before, or StorageError."""
@@ -355,13 +370,11 @@ class Dispatcher:
         await self._storage.open(self._clock)
         try:
             await self._cache.refresh(self._cache.revision)
-            self._delivering = self._deliver and await self._storage.acquire()
+            await self._services.start()
         except BaseException:
             await self._storage.close()
             raise
         self._state = _State.RUNNING
-        # One task owns the task group, so that start and aclose may be called from different tasks.
-        self._services = self._loop.create_task(self._serve(), name="hookwright-services")
 
     async def aclose(self) -> None:
         """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.
@@ -379,12 +392,7 @@ class Dispatcher:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if self._delivering:
-            await self._worker.stop(self._shutdown_timeout)
-        self._delivering = False
-        self._stop_services.set()
-        assert self._services is not None
-        await asyncio.wait({self._services})
+        await self._services.stop(self._shutdown_timeout)
         await self._observers.aclose(_OBSERVER_GRACE)
         await self._transport.aclose()
         await self._storage.close()
@@ -405,70 +413,9 @@ class Dispatcher:
         ConfigurationError in a process that does not deliver.
         """
         self._check_usable()
-        if not self._delivering:
+        if not self._services.delivering:
             raise ConfigurationError("this process does not deliver, it cannot drain: wait for events instead")
         await self._worker.drain(timeout)
-
-    # -- services -----------------------------------------------------------------------------------------------
-
-    async def _serve(self) -> None:
-        async with anyio.create_task_group() as group:
-            if self._deliver:
-                group.start_soon(self._deliver_when_acquired)
-            await self._stop_services.wait()
-            group.cancel_scope.cancel()
-
-    async def _deliver_when_acquired(self) -> None:
-        if not self._delivering:
-            _logger.warning("another process delivers from %r: standing by, events are accepted", self._storage)
-        while not self._delivering:
-            await self._clock.sleep(_STANDBY_INTERVAL)
-            self._delivering = await self._try_to_acquire()
-        self._sweep.set()
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._worker.run)
-            group.start_soon(self._watch_other_processes)
-            group.start_soon(self._sweep_when_asked)
-            if self._retention is not None:
-                group.start_soon(self._prune, self._retention)
-
-    async def _try_to_acquire(self) -> bool:
-        try:
-            return await self._storage.acquire()
-        except Exception:  # standing by goes on, whatever the storage says
-            _logger.exception("could not ask the storage for the right to deliver")
-            return False
-
-    async def _watch_other_processes(self) -> None:
-        while True:
-            if await self._guarded(lambda: self._storage.wait(_WATCH_TIMEOUT)):
-                self._endpoints_changed()
-
-    async def _sweep_when_asked(self) -> None:
-        while True:
-            await self._sweep.wait()
-            self._sweep.clear()
-            while await self._guarded(self._storage.sweep):
-                self.deliveries.note_ended(None)
-            self.deliveries.note_ended(None)
-
-    async def _prune(self, retention: timedelta) -> None:
-        while True:
-            before = self._clock.now() - round(retention.total_seconds() * SECOND)
-            while await self._guarded(partial(self._storage.prune, before)):
-                pass
-            await self._clock.sleep(_RETENTION_INTERVAL)
-
-    async def _guarded(self, operation: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a background operation; whatever it raises is logged, and it is asked for again a second later."""
-        try:
-            return await operation()
-        except StorageClosed:
-            await asyncio.Event().wait()
-        except Exception:
-            _logger.exception("a background operation failed and is repeated")
-            await self._clock.sleep(_STANDBY_INTERVAL)
-        return None
 
     def _wake(self) -> None:
         self._worker.wake()
@@ -484,8 +431,7 @@ class Dispatcher:
             self._observers.report(DeliveryCancelled(delivery_id=delivery_id))
 
     def _endpoints_changed(self) -> None:
-        self._sweep.set()
-        self._worker.wake()
+        self._services.endpoints_changed()
 
     def _check_usable(self) -> None:
         if self._state is not _State.RUNNING:

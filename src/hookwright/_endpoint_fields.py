@@ -12,6 +12,7 @@ from hookwright._errors import ValidationFailed
 from hookwright._models import ALL_TENANTS, check_text
 from hookwright._profile import is_reserved
 from hookwright._signing import HEADER_NAME
+from hookwright._vault import check_clear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +74,7 @@ def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]
             raise ValidationFailed("headers", f"{name} is set by hookwright or belongs to the connection: leave it out")
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ValidationFailed("headers", f"the value of {name} must be printable ASCII without line breaks")
+        check_clear("headers", value)
     if len({name.lower() for name in headers or {}}) < len(headers or {}):
         raise ValidationFailed("headers", "names two that differ in case only: they are the same header")
     return tuple((headers or {}).items())

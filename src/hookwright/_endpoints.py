@@ -21,7 +21,7 @@ from hookwright._endpoint_fields import (
     tenant_of,
     text,
 )
-from hookwright._errors import ConflictError, NotFound, ValidationFailed
+from hookwright._errors import ConfigurationError, ConflictError, NotFound, ValidationFailed
 from hookwright._ids import new_id
 from hookwright._models import (
     ALL_TENANTS,
@@ -47,6 +47,7 @@ from hookwright._observe import EndpointDisabled
 from hookwright._prepare import lease_of
 from hookwright._secret import Secret
 from hookwright._snapshot import check_aware
+from hookwright._vault import SealBroken, check_clear
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from hookwright._models import AttemptRecord, Tenant
     from hookwright._observe import ObserverHub
     from hookwright._profile import Profile
+    from hookwright._vault import Vault
     from hookwright.storage._base import Storage
 
 TEST_INTERVAL = 10 * SECOND
@@ -67,6 +69,10 @@ OVERLAP_MOST = timedelta(days=7)
 
 KEYS_MOST = 5
 """Secrets of an endpoint that sign at once, at most: each adds a signature to the header."""
+
+
+_PAGE = 100
+"""Endpoints that `reencrypt` reads at once."""
 
 
 class Unset(Enum):
@@ -99,6 +105,7 @@ class Endpoints:
         network: NetworkPolicy,
         profiles: Mapping[str, Profile],
         cache: EndpointCache,
+        vault: Vault,
         catalogue: Catalogue | None,
         operational: bool,
         id_prefix: str,
@@ -113,6 +120,7 @@ class Endpoints:
         self._network = network
         self._profiles = profiles
         self._cache = cache
+        self._vault = vault
         self._catalogue = catalogue
         self._operational = operational
         self._id_prefix = id_prefix
@@ -172,12 +180,12 @@ class Endpoints:
             timeout=timeout,
         )
         self._check_profile(row)
-        stored = await self._storage.create_endpoint(row)
-        return replace(to_endpoint(stored), secret=given)
+        stored = await self._storage.create_endpoint(self._vault.sealed(row))
+        return replace(self._shown(stored), secret=given)
 
     async def get(self, endpoint_id: str, *, tenant: str | None = None) -> Endpoint:
-        """Return an endpoint. Raises NotFound."""
-        return to_endpoint(await self._row(endpoint_id, tenant))
+        """Return an endpoint; without `secret_last4` when its key is not among `keys=`. Raises NotFound."""
+        return self._shown(await self._row(endpoint_id, tenant))
 
     async def list(self, *, limit: int = 50, cursor: str | None = None, tenant: str | None = None) -> Page[Endpoint]:
         """Return endpoints, newest first, `limit` (1 to 500) to a page; go on with `next_cursor`.
@@ -186,7 +194,7 @@ class Endpoints:
         """
         self._check_usable()
         page = await self._storage.list_endpoints(limit=check_limit(limit), cursor=cursor, tenant=tenant)
-        return Page(items=tuple(to_endpoint(row) for row in page.items), next_cursor=page.next_cursor)
+        return Page(items=tuple(self._shown(row) for row in page.items), next_cursor=page.next_cursor)
 
     async def update(
         self,
@@ -207,7 +215,8 @@ class Endpoints:
     ) -> Endpoint:
         """Change what is given and leave the rest; the checks are those of `create`.
 
-        Raises NotFound, ValidationFailed, or ConflictError when somebody else changed the endpoint at the same moment.
+        Raises NotFound, ValidationFailed, or ConflictError when somebody else changed the endpoint at the same moment,
+        or what is stored encrypted and stays cannot be opened.
         """
         row = await self._row(endpoint_id, tenant)
         given: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -224,11 +233,7 @@ class Endpoints:
             "timeout": (timeout, lambda value: value),
         }
         changed = {key: check(value) for key, (value, check) in given.items() if value is not UNSET}
-        new = replace(row, updated_at=self._clock.now(), **changed)
-        self._check_profile(new)
-        stored = await self._storage.update_endpoint(new)
-        self._changed()
-        return to_endpoint(stored)
+        return self._shown(await self._replace(replace(row, updated_at=self._clock.now(), **changed)))
 
     async def rotate_secret(
         self,
@@ -246,7 +251,8 @@ class Endpoints:
         signature only: that of the new secret. `profile` changes to another one at the same moment, whose signers need
         another kind of secret; earlier secrets that they cannot use end with that.
 
-        Raises NotFound, ValidationFailed, or ConflictError when more than five secrets would sign at once.
+        Raises NotFound, ValidationFailed, or ConflictError when more than five secrets would sign at once, or what is
+        stored encrypted and stays cannot be opened: then an overlap of 0 leaves out the earlier secrets.
         """
         if not isinstance(overlap, timedelta) or not timedelta(0) <= overlap <= OVERLAP_MOST:
             raise ValidationFailed("overlap", "must be a timedelta from 0 to 7 days")
@@ -259,11 +265,54 @@ class Endpoints:
         live = [key for key in earlier if key.expires_at is not None and key.expires_at > now]
         if len(live) >= KEYS_MOST:
             raise ConflictError(f"{KEYS_MOST} secrets of {endpoint_id} sign already: wait, or rotate with overlap=0")
-        new = replace(row, updated_at=now, keys=(Key(given.reveal()), *live))
-        self._check_profile(new)
-        stored = await self._storage.update_endpoint(new)
+        stored = await self._replace(replace(row, updated_at=now, keys=(Key(given.reveal()), *live)))
+        return replace(self._shown(stored), secret=given)
+
+    async def reencrypt(self) -> int:
+        """Encrypt all endpoints' secrets and header values with the first of `keys=`; return how many had to change.
+
+        Afterwards the keys that came after the first are not needed any more, and what was stored before, in clear text
+        perhaps, is not to be read in the database's files either. Copies made of them earlier still hold it. First
+        give the new key to every process that uses the database; emitting and delivering go on. To repeat it does no
+        harm.
+
+        Raises ConfigurationError without keys (nothing is ever decrypted in the storage), StorageBusy when readers keep
+        old pages alive, and ConflictError for endpoints that cannot be opened, once all others are done.
+        """
+        self._check_usable()
+        if not self._vault.seals:
+            raise ConfigurationError("reencrypt: the dispatcher has no keys=: give the one to encrypt with first")
+        count, cursor = 0, None
+        broken: dict[str, SealBroken] = {}
+        while True:
+            page = await self._storage.list_endpoints(limit=_PAGE, cursor=cursor, tenant=None)
+            for row in page.items:
+                try:
+                    count += await self._reseal(row)
+                except SealBroken as error:
+                    broken[row.id] = error
+                except NotFound:
+                    pass
+            cursor = page.next_cursor
+            if cursor is None:
+                break
         self._changed()
-        return replace(to_endpoint(stored), secret=given)
+        await self._storage.scrub_endpoints()
+        if broken:
+            id, why = next(iter(broken.items()))
+            raise ConflictError(f"{len(broken)} endpoints cannot be opened, the others are done; of {id}: {why}")
+        return count
+
+    async def _reseal(self, row: EndpointRow) -> bool:
+        while self._vault.needs_sealing(row):
+            new = self._vault.sealed(self._vault.opened(row))
+            try:
+                await self._storage.update_endpoint(new)
+            except ConflictError:  # changed meanwhile, and perhaps by a process that has other keys
+                row = await self._storage.get_endpoint(row.id)
+            else:
+                return True
+        return False
 
     async def test(self, endpoint_id: str, *, tenant: str | None = None) -> Attempt:
         """Send a signed event of type `hookwright.test` now, once, and return what came of it.
@@ -338,7 +387,24 @@ class Endpoints:
         await self._row(endpoint_id, tenant)
         row = await self._storage.set_endpoint_state(endpoint_id, state, reason=reason)
         self._changed()
-        return to_endpoint(row)
+        return self._shown(row)
+
+    async def _replace(self, row: EndpointRow) -> EndpointRow:
+        """Check and store a row in which some texts are new and clear, and others as they were read."""
+        try:
+            new = self._vault.opened(row)
+        except SealBroken as error:
+            raise ConflictError(f"endpoint {row.id} was left as it is: {error}") from None
+        self._check_profile(new)
+        stored = await self._storage.update_endpoint(self._vault.sealed(new))
+        self._changed()
+        return stored
+
+    def _shown(self, row: EndpointRow) -> Endpoint:
+        try:
+            return to_endpoint(self._vault.opened(row))
+        except SealBroken:
+            return to_endpoint(replace(row, keys=()))
 
     async def _row(self, endpoint_id: str, tenant: str | None) -> EndpointRow:
         self._check_usable()
@@ -368,7 +434,9 @@ class Endpoints:
         if secret is None:
             signers = self._profile(profile).signers
             return signers[0].generate() if signers else Secret.generate()
-        return secret if isinstance(secret, Secret) else Secret(secret)
+        given = secret if isinstance(secret, Secret) else Secret(secret)
+        check_clear("secret", given.reveal())
+        return given
 
     def _check_profile(self, row: EndpointRow) -> None:
         profile = self._profile(row.profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._catalogue import candidates
@@ -11,6 +12,7 @@ from hookwright._models import ALL_TENANTS, EndpointState
 from hookwright._secret import Secret
 from hookwright._signing import usable
 from hookwright._snapshot import typed
+from hookwright._vault import SealBroken
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,16 +20,21 @@ if TYPE_CHECKING:
     from hookwright._models import EndpointRow
     from hookwright._signing import Signer
     from hookwright._snapshot import TypedValues
+    from hookwright._vault import Vault
     from hookwright.storage._base import Storage
 
 
 class CachedEndpoint(NamedTuple):
-    """An endpoint, with what matching and sending need made ready once."""
+    """An endpoint, with what matching and sending need made ready once.
+
+    `broken` says why its secrets and headers could not be opened; it has none then, and nothing may be sent to it.
+    """
 
     row: EndpointRow
     filters: Mapping[str, TypedValues]
     secrets: tuple[tuple[Secret, int | None], ...]
     checked: dict[int, Sequence[Secret]]
+    broken: str | None = None
 
     def live_secrets(self, now: int) -> list[Secret]:
         """Return the secrets that have not expired, newest first."""
@@ -53,8 +60,9 @@ class CachedEndpoint(NamedTuple):
 class EndpointCache:
     """All endpoints as of `revision`, found by pattern."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, vault: Vault) -> None:
         self._storage = storage
+        self._vault = vault
         self._by_id: dict[str, CachedEndpoint] = {}
         self._by_pattern: defaultdict[str, dict[str, CachedEndpoint]] = defaultdict(dict)
         self._refreshing = asyncio.Lock()
@@ -79,8 +87,13 @@ class EndpointCache:
                 del self._by_pattern[pattern]
         if row.deleted:
             return
+        try:
+            row, broken = self._vault.opened(row), None
+        except SealBroken as error:
+            row, broken = replace(row, keys=(), headers=()), str(error)
         filters = {key: typed(values) for key, values in row.filters.items()}
-        new = CachedEndpoint(row, filters, tuple((Secret.text(key.text), key.expires_at) for key in row.keys), {})
+        secrets = tuple((Secret.text(key.text), key.expires_at) for key in row.keys)
+        new = CachedEndpoint(row, filters, secrets, {}, broken)
         self._by_id[row.id] = new
         for pattern in row.events:
             self._by_pattern[pattern][row.id] = new

@@ -76,6 +76,8 @@ class Preparer:
         endpoint = self._cache.get(lease.endpoint_id)
         if endpoint is None:
             return Unusable(None)
+        if endpoint.broken is not None:
+            return Unusable(endpoint.broken)
         profile = self._profiles.get(endpoint.row.profile)
         if profile is None:
             return Unusable(f"this process has no profile {endpoint.row.profile!r}")

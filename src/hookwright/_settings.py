@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from hookwright._addresses import NetworkPolicy
@@ -13,11 +14,14 @@ from hookwright._delivery import longest_timeout
 from hookwright._errors import ConfigurationError
 from hookwright._health import HealthPolicy
 from hookwright._profile import Profile
+from hookwright._vault import EncryptionKey, Vault
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport._base import NetworkBound, Transport
 from hookwright.transport.httpx import HttpxTransport
+
+_logger = logging.getLogger("hookwright")
 
 
 def check_settings(
@@ -79,6 +83,25 @@ def check_parts(profiles: object, network: object, transport: object, clock: obj
     if isinstance(catalogue, Catalogue) and isinstance(profiles, Mapping):
         for profile in profiles.values():
             catalogue.check_envelope(getattr(profile, "envelope", None))
+
+
+def vault_of(keys: Sequence[EncryptionKey] | None, storage: Storage) -> Vault:
+    """Return what seals with these keys; None: nothing does, and a durable storage is warned of. ConfigurationError."""
+    if keys is None:
+        return Vault(on_clear=None if isinstance(storage, MemoryStorage) else _warn_of_clear_text)
+    # What was given instead is not shown: it may well be a key. An empty text is a variable that was not set.
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
+        raise ConfigurationError(f"keys: give a list, such as keys=[EncryptionKey(...)], not {type(keys).__name__}")
+    for key in keys:
+        if not isinstance(key, EncryptionKey):
+            raise ConfigurationError(f"keys: must hold EncryptionKey('id', ...) only, not {type(key).__name__}")
+    return Vault(keys)
+
+
+def _warn_of_clear_text() -> None:
+    _logger.warning(
+        "endpoints' secrets are stored in clear text: give keys=[EncryptionKey(...)], or keys=[] if that is meant"
+    )
 
 
 def storage_of(storage: str | Storage) -> Storage:

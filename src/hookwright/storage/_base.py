@@ -271,6 +271,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    async def scrub_endpoints(self) -> None:
+        """Make what endpoints held before they were changed or deleted unreadable, in the file and its WAL too.
+
+        Endpoints and revisions stay as they are.
+        """
+
+    @abstractmethod
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """Return it. NotFound: unknown or deleted."""
 

@@ -357,6 +357,10 @@ class MemoryStorage(MemoryHistory):
             )
         )
 
+    async def scrub_endpoints(self) -> None:
+        """See `Storage.scrub_endpoints`: what was replaced is nowhere."""
+        self._now()
+
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
         self._now()

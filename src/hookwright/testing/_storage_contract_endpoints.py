@@ -166,6 +166,17 @@ class EndpointContract(ContractBase):
             assert (tombstone.url, tombstone.keys, tombstone.headers, tombstone.metadata) == ("", (), (), {})
             assert (await world.storage.list_endpoints(limit=9, cursor=None, tenant=None)).items == ()
 
+    async def test_scrubbing_leaves_every_endpoint_and_revision_as_it_is(self) -> None:
+        async with self.opened() as world:
+            await world.storage.scrub_endpoints()
+            endpoints = [await world.endpoint(headers=(("a", "x" * number),)) for number in range(30)]
+            await world.storage.delete_endpoint(endpoints[3])
+            await world.emit(endpoints[7])
+            before = await world.storage.changes(0)
+            await world.storage.scrub_endpoints()
+            assert await world.storage.changes(0) == before
+            assert (await world.claim_one()).endpoint_id == endpoints[7]
+
     async def test_endpoints_are_listed_newest_first_page_by_page_while_others_come_and_go(self) -> None:
         async with self.opened() as world:
             ids = [await world.endpoint(tenant="t") for _ in range(5)]

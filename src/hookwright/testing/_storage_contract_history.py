@@ -195,6 +195,7 @@ class LifeContract(ContractBase):
             storage.count_deliveries(EVERYTHING),
             storage.attempts("dlv"),
             storage.prune(0),
+            storage.scrub_endpoints(),
         ]
 
     async def test_waiting_ends_when_the_time_is_up_or_the_storage_closes(self) -> None:

@@ -237,6 +237,14 @@ class SQLiteStorage(Storage):
         """See `Storage.delete_endpoint`."""
         await self._write(lambda database, now: _endpoints.delete(database, endpoint_id, now))
 
+    async def scrub_endpoints(self) -> None:
+        """See `Storage.scrub_endpoints`. Raises StorageBusy when other readers keep the WAL from being emptied for 5 s.
+
+        Every endpoint is written again in one transaction.
+        """
+        await self._write(lambda database, _: _endpoints.rewrite(database))
+        await self._empty_wal()
+
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
         return await self._read(lambda database: _endpoints.get(database, endpoint_id))
@@ -282,12 +290,15 @@ class SQLiteStorage(Storage):
     async def expunge(self, event_id: str) -> list[str]:
         """See `Storage.expunge`. Raises StorageBusy when other readers keep the WAL from being emptied for 5 s."""
         cancelled = await self._write(lambda database, now: _requeue.expunge(database, event_id, now))
+        await self._empty_wal()
+        return cancelled
+
+    async def _empty_wal(self) -> None:
         until = asyncio.get_running_loop().time() + BUSY_LIMIT
         while not await self._opened().call(_schema.empty_wal):
             if asyncio.get_running_loop().time() > until:
-                raise StorageBusy("expunged, but a reader keeps old pages in the WAL: end its transaction and repeat")
+                raise StorageBusy("done, but a reader keeps old pages in the WAL: end its transaction and repeat")
             await asyncio.sleep(_POLL)
-        return cancelled
 
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""

@@ -144,6 +144,19 @@ def delete(database: Database, endpoint_id: str, now: int) -> None:
     )
 
 
+def rewrite(database: Database) -> None:
+    """Write the table anew, on cleared pages.
+
+    `secure_delete` clears what a statement deletes, but not what moves when a page is divided: the bytes that were left
+    behind stay until something lands on them. Only a page that is given up is cleared whole.
+    """
+    rows = database.execute("SELECT * FROM hookwright_endpoint").fetchall()
+    database.execute("DELETE FROM hookwright_endpoint")
+    if rows:
+        places = ", ".join("?" * len(rows[0]))
+        database.executemany(f"INSERT INTO hookwright_endpoint VALUES ({places})", rows)
+
+
 def get(database: Database, endpoint_id: str) -> EndpointRow:
     """See `Storage.get_endpoint`."""
     row = database.execute(_SELECT + " WHERE p.id = ? AND p.deleted = 0", (endpoint_id,)).fetchone()
