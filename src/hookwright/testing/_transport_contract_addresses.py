@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hookwright._addresses import NetworkPolicy
-from hookwright.testing._transport_contract_base import HOST, ContractBase, Said, good
+from hookwright.testing._transport_contract_base import (
+    HOST,
+    OPEN,
+    ContractBase,
+    Encounter,
+    Said,
+    good,
+    receiving,
+    trusting,
+)
 
 if TYPE_CHECKING:
     from hookwright.transport._resolver import Resolver
@@ -170,6 +179,15 @@ class AddressContract(ContractBase):
     async def test_addresses_that_all_refuse_are_a_connect_error(self) -> None:
         async with self.facing(good, resolver=_finds(["127.0.0.98", "127.0.0.99"])) as encounter:
             await encounter.fails("connect_error")
+
+    async def test_without_a_resolver_the_systems_is_asked(self) -> None:
+        async with receiving(good) as receiver:
+            transport = self.make_transport(network=OPEN, ssl_context=trusting(), resolver=None)
+            encounter = Encounter(transport, receiver, receiver)
+            await encounter.succeeds(url=receiver.url("localhost"))
+            await encounter.fails("dns_error", url="http://no-such-name.invalid/", revision=2)
+            await transport.aclose()
+            await receiver.saw_all_close()
 
     async def test_the_source_address_is_the_policys(self) -> None:
         policy = NetworkPolicy(allow_http=True, allow_loopback=True, local_address="127.0.0.7")

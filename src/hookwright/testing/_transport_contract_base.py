@@ -1,30 +1,27 @@
-"""What every part of the transport contract stands on: raw receivers, a watch on the loop, and rows to judge by."""
+"""What every part of the transport contract stands on: raw receivers, and rows to judge by."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import functools
-import gc
 import socket
 import ssl
 import struct
-import time
 import warnings
 from abc import abstractmethod
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import trustme
 
 from hookwright._addresses import NetworkPolicy
+from hookwright.testing._transport_contract_watch import RECEIVING, Watch
 from hookwright.transport._base import Failure, Request, Response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from types import TracebackType
 
     from hookwright.transport._base import Transport
     from hookwright.transport._resolver import Resolver
@@ -50,7 +47,6 @@ PATIENCE = 10.0
 """Seconds after which something awaited is given up: longer than any of it takes."""
 
 _KEPT = 64 * 1024
-_RECEIVING: contextvars.ContextVar[bool] = contextvars.ContextVar("receiving", default=False)
 
 
 class Said(NamedTuple):
@@ -219,7 +215,7 @@ async def receiving(
     """Run a receiver; what it does on the loop is marked as its own, and does not count as the transport's."""
     receiver = Receiver(answer, context, bare=bare)
     marked = contextvars.copy_context()
-    marked.run(_RECEIVING.set, True)
+    marked.run(RECEIVING.set, True)
     starting = asyncio.start_server(receiver.serve, "127.0.0.1", 0, backlog=128)
     server = await asyncio.get_running_loop().create_task(starting, context=marked)
     receiver.port = server.sockets[0].getsockname()[1]
@@ -318,58 +314,6 @@ def trusting() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority().configure_trust(context)
     return context
-
-
-class Watch:
-    """Measures an attempt: wall time, growth of the process, and the longest callback that is not a receiver's.
-
-    Processor time, not wall time: that would measure how busy the machine is. The process's peak is known on Linux
-    only; elsewhere `growth` is 0. Collections within are cheap, since what is older is set aside.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.longest = 0.0
-        self.growth = 0
-
-    def __enter__(self) -> Watch:
-        gc.freeze()
-        self._resident = _peak_reset()
-        self._real = asyncio.Handle._run  # noqa: SLF001  # where asyncio runs callbacks
-        asyncio.Handle._run = self._timing(self._real)  # type: ignore[assignment, method-assign]  # noqa: SLF001
-        self._begin = time.monotonic()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.seconds = time.monotonic() - self._begin
-        asyncio.Handle._run = self._real  # type: ignore[method-assign]  # noqa: SLF001
-        if self._resident:
-            self.growth = _memory("VmHWM") - self._resident
-        gc.unfreeze()
-
-    def _timing(self, real: Callable[[asyncio.Handle], None]) -> Callable[[asyncio.Handle], None]:
-        def run(handle: asyncio.Handle) -> None:
-            begin = time.thread_time()
-            try:
-                real(handle)
-            finally:
-                if not handle._context.get(_RECEIVING, False):  # type: ignore[attr-defined]  # noqa: SLF001
-                    self.longest = max(self.longest, time.thread_time() - begin)
-
-        return run
-
-
-def _peak_reset() -> int:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-        return _memory("VmRSS")
-    except OSError:
-        return 0
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 class Encounter:

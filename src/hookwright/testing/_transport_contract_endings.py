@@ -76,7 +76,7 @@ async def _works_and_hangs(peer: Peer) -> None:
 
 async def _answers_late(peer: Peer) -> None:
     await peer.request()
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(0.5)
     await peer.say(OK_HEAD + b"content-length: 4\r\n\r\nlate")
 
 
@@ -84,7 +84,7 @@ ENDINGS = [
     row("never reads", _ignores, "timeout", closes=False, total_timeout=0.4),
     row("never answers", deaf, "timeout", total_timeout=0.4),
     row("does the work, then hangs", _works_and_hangs, "timeout", total_timeout=0.4),
-    row("answers just before the timeout", _answers_late, Said(200, b"late"), closes=False, total_timeout=1.2),
+    row("answers just before the timeout", _answers_late, Said(200, b"late"), closes=False, total_timeout=0.9),
     row("resets at once", _resets, "connect_error", "protocol_error"),
     row("resets after it read the request", _resets_after_reading, "connect_error"),
     row("hangs up unasked", _hangs_up, "protocol_error", "connect_error"),

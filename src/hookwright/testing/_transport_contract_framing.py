@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hookwright.testing._transport_contract_base import OK_HEAD, ContractBase, Row, Said, answers, row, says
+from hookwright.transport._base import Failure
 
 if TYPE_CHECKING:
     from hookwright.testing._transport_contract_base import Peer
@@ -191,3 +192,21 @@ class FramingContract(ContractBase):
                 await asyncio.sleep(0)
             await encounter.assert_usable()
             assert encounter.receiver.connections == 2
+
+    @SCHEMES
+    async def test_an_answer_before_the_first_request_is_at_most_the_answer_to_that_one(self, scheme: str) -> None:
+        # On a new connection nobody can tell whether it was sent before the request arrived: it may be accepted.
+        async def forge(peer: Peer) -> None:
+            await peer.say(FORGED)
+            await peer.request()
+            await peer.say(_head(b"content-length: 4") + b"true")
+            await peer.gone()
+
+        async with self.facing(forge, scheme) as encounter:
+            answer = await encounter.attempt()
+            assert (
+                Said(299, b"forged").accepts(answer)
+                or Said(200, b"true").accepts(answer)
+                or (isinstance(answer, Failure) and answer.code == "protocol_error")
+            ), answer
+            await encounter.assert_usable()

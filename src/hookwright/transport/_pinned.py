@@ -97,7 +97,7 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         if self._received > _FLOOD:
             # Endless interim responses or one-byte chunks would hold the processor until the deadline.
             await asyncio.sleep(_FLOOD_PAUSE)
-        elif self._buffer and self._received:
+        elif self._buffer and self._received >= _READ_AT_ONCE:
             await asyncio.sleep(0)
         while not self._buffer and not self._ended:
             self.transport.resume_reading()
