@@ -251,7 +251,9 @@ def masked_url(url: str) -> str:
 
 
 def advice(rule: str) -> str:
-    """Return what would allow an address that this rule refuses."""
+    """Return what would allow what this rule refuses."""
+    if rule == "scheme":
+        return "use https"
     setting = {
         "loopback": "allow_loopback=True",
         "cloud metadata": "allow=[that very address]",

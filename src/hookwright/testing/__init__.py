@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["FakeTransport", "Inbox", "Received", "VirtualClock"]
 
 _STORAGE_PARTS = ("base", "cancel", "endpoints", "hands", "history", "lanes", "law", "outbox")
-_TRANSPORT_PARTS = ("addresses", "base", "endings", "floods", "framing", "pools", "tls", "watch")
+_TRANSPORT_PARTS = ("addresses", "base", "endings", "floods", "framing", "pools", "targets", "tls", "watch")
 _CONTRACTS = {
     "StorageContract": ("hookwright.testing._storage_contract", _STORAGE_PARTS),
     "TransportContract": ("hookwright.testing._transport_contract", _TRANSPORT_PARTS),

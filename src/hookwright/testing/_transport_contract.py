@@ -7,11 +7,19 @@ from hookwright.testing._transport_contract_endings import EndingContract
 from hookwright.testing._transport_contract_floods import FloodContract
 from hookwright.testing._transport_contract_framing import FramingContract
 from hookwright.testing._transport_contract_pools import PoolContract, SendingContract
+from hookwright.testing._transport_contract_targets import TargetContract
 from hookwright.testing._transport_contract_tls import TLSContract
 
 
 class TransportContract(
-    EndingContract, FramingContract, FloodContract, TLSContract, AddressContract, SendingContract, PoolContract
+    EndingContract,
+    FramingContract,
+    FloodContract,
+    TLSContract,
+    TargetContract,
+    AddressContract,
+    SendingContract,
+    PoolContract,
 ):
     """What a transport must do to be one: subclass it in a test module, and say how to make yours.
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,18 +12,16 @@ from hookwright._addresses import NetworkPolicy
 from hookwright.testing._transport_contract_base import (
     HOST,
     OPEN,
-    ContractBase,
     Encounter,
     Said,
     good,
     receiving,
     trusting,
 )
+from hookwright.testing._transport_contract_targets import STRICT, DiallingContract
 
 if TYPE_CHECKING:
     from hookwright.transport._resolver import Resolver
-
-STRICT = NetworkPolicy(allow_http=True)
 
 
 def _finds(*turns: list[str] | Exception) -> Resolver:
@@ -46,24 +42,8 @@ async def _never(host: str, port: int) -> list[str]:
     return []
 
 
-_DIALLED: list[str] = []
-
-
-@functools.cache
-def _listen() -> None:
-    # An audit hook cannot be taken away again; all sockets of the process pass it, whichever library opens them.
-    sys.addaudithook(lambda event, given: _DIALLED.append(given[1][0]) if event == "socket.connect" else None)
-
-
-class AddressContract(ContractBase):
+class AddressContract(DiallingContract):
     """Every address of a name is judged at every dial, and what cannot be resolved in time is a DNS error."""
-
-    @pytest.fixture
-    def dialled(self) -> list[str]:
-        """Every address that a socket of this process is connected to."""
-        _listen()
-        _DIALLED.clear()
-        return _DIALLED
 
     @pytest.mark.parametrize(
         "found",

@@ -119,7 +119,9 @@ class Dialler:
 
     def check_scheme(self, scheme: str) -> None:
         """Raise BlockedTarget for plain http, unless it is allowed: the endpoint may be older than the policy."""
-        if scheme != "https" and not self._policy.allow_http:
+        if scheme not in {"http", "https"}:
+            raise BlockedTarget("scheme")
+        if scheme == "http" and not self._policy.allow_http:
             raise BlockedTarget("plain http")
 
     async def connect(self, target: Target) -> Reached:

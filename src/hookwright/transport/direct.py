@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _WAYS_KEPT = 4096
 _OURS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
 _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\r\n]")
+_STORED_URL = re.compile(r"[a-z]+://[^/?#@\\]+([/?][^#\\]*)?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -209,6 +210,9 @@ class DirectTransport:
         return connection
 
     def _take_apart(self, url: str) -> _Way:
+        # urlsplit drops line ends and tabs without a word, and keeps a user and password in the Host header.
+        if not _STORED_URL.fullmatch(url) or not url.isascii() or not url.isprintable() or " " in url:
+            raise _Unsendable("the url is not in the form in which endpoints store it")
         parts = urlsplit(url)
         host = parts.hostname or ""
         path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
@@ -230,17 +234,14 @@ def _compose(way: _Way, request: Request) -> bytes:
     head = "".join(lines)
     # Whoever can put a line end into a header writes requests of his own. Four lines of the head are ours.
     if head.count("\n") != len(lines) + 3 or head.count("\r") != len(lines) + 3 or _UNSENDABLE.search(head):
-        raise _Unsendable
+        raise _Unsendable("a header holds a line end, or what is not printable ASCII")
     return head.encode("ascii") + request.body
 
 
 class _Unsendable(DialFailed):
-    """A header cannot be sent."""
+    """What was given cannot be sent."""
 
     code = "protocol_error"
-
-    def __str__(self) -> str:
-        return "a header holds a line end, or what is not printable ASCII"
 
 
 def _parser_class() -> Callable[[object], Any]:
