@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hookwright import ConfigurationError, NetworkPolicy, ValidationFailed
+from hookwright._addresses import masked_url
+
+Address = TypeVar("Address", ipaddress.IPv4Address, ipaddress.IPv6Address)
 
 # With http allowed, so that the rule on addresses refuses and not the one on schemes.
 OVER_HTTP = NetworkPolicy(allow_http=True)
@@ -264,21 +268,115 @@ def test_a_source_address_that_is_none_is_an_error_of_configuration() -> None:
         NetworkPolicy(local_address="eth0")
 
 
-@given(st.ip_addresses(v=4))
-def test_an_ipv4_address_is_judged_the_same_however_it_is_carried(address: ipaddress.IPv4Address) -> None:
-    verdict = NetworkPolicy().vet(str(address))
-    carried = int(address)
-    assert NetworkPolicy().vet(str(ipaddress.IPv6Address((0xFFFF << 32) | carried))) == verdict
-    assert NetworkPolicy().vet(str(ipaddress.IPv6Address((0x64FF9B << 96) | carried))) == verdict
+# 100 examples of 100 addresses: 10,000 of each property.
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@given(st.ip_addresses(v=6))
-def test_nothing_but_global_unicast_and_carried_ipv4_is_public(address: ipaddress.IPv6Address) -> None:
-    carried = int(address) >> 32 in {0xFFFF, 0x64FF9B << 64}
-    if not carried and int(address) >> 125 != 0b001:
-        assert NetworkPolicy().vet(str(address)) is not None
+def hundred(addresses: st.SearchStrategy[Address]) -> st.SearchStrategy[list[Address]]:
+    return st.lists(addresses, min_size=100, max_size=100)
 
 
-@given(st.ip_addresses(network="2002::/16"))
-def test_every_6to4_address_is_refused(address: ipaddress.IPv6Address) -> None:
-    assert NetworkPolicy().vet(str(address)) == "6to4"
+@MANY
+@given(hundred(st.ip_addresses(v=4)))
+def test_an_ipv4_address_is_judged_the_same_however_it_is_carried(addresses: list[ipaddress.IPv4Address]) -> None:
+    for address in addresses:
+        verdict = NetworkPolicy().vet(str(address))
+        carried = int(address)
+        assert NetworkPolicy().vet(str(ipaddress.IPv6Address((0xFFFF << 32) | carried))) == verdict
+        assert NetworkPolicy().vet(str(ipaddress.IPv6Address((0x64FF9B << 96) | carried))) == verdict
+
+
+@MANY
+@given(hundred(st.ip_addresses(v=6)))
+def test_nothing_but_global_unicast_and_carried_ipv4_is_public(addresses: list[ipaddress.IPv6Address]) -> None:
+    for address in addresses:
+        carried = int(address) >> 32 in {0xFFFF, 0x64FF9B << 64}
+        if not carried and int(address) >> 125 != 0b001:
+            assert NetworkPolicy().vet(str(address)) is not None
+
+
+@MANY
+@given(hundred(st.ip_addresses(network="::/8")))
+def test_everything_in_the_first_eighth_is_refused_but_public_ipv4_that_it_carries(
+    addresses: list[ipaddress.IPv6Address],
+) -> None:
+    for address in addresses:
+        carried = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        carries = int(address) >> 32 in {0xFFFF, 0x64FF9B << 64}
+        assert NetworkPolicy().vet(str(address)) is not None or (carries and NetworkPolicy().vet(str(carried)) is None)
+
+
+@MANY
+@given(hundred(st.ip_addresses(network="2002::/16")))
+def test_every_6to4_address_is_refused(addresses: list[ipaddress.IPv6Address]) -> None:
+    assert {NetworkPolicy().vet(str(address)) for address in addresses} == {"6to4"}
+
+
+@pytest.mark.parametrize("port", [1, 22, 25, 80, 1023, 2375, 3306, 5432, 6000, 6379, 6667, 9200, 10080, 11211, 27017])
+def test_a_port_of_another_service_is_refused_unless_it_is_allowed(port: int) -> None:
+    with pytest.raises(ValidationFailed, match=rf"allow_ports=\[{port}\]"):
+        NetworkPolicy().check_url(f"https://example.com:{port}/")
+    assert NetworkPolicy(allow_ports=[port]).check_url(f"https://example.com:{port}/")
+
+
+@pytest.mark.parametrize("port", [443, 1024, 8080, 8443, 65535])
+def test_a_port_for_the_web_is_allowed(port: int) -> None:
+    assert NetworkPolicy().check_url(f"https://example.com:{port}/")
+    assert NetworkPolicy(allow_http=True).check_url("http://example.com:80/") == "http://example.com/"
+
+
+@pytest.mark.parametrize("ports", [25, [0], [65536], ["25"], [True]])
+def test_an_allowed_port_that_is_none_is_an_error_of_configuration(ports: list[int]) -> None:
+    with pytest.raises(ConfigurationError, match="allow_ports"):
+        NetworkPolicy(allow_ports=ports)
+
+
+@pytest.mark.parametrize(
+    ("network", "address"),
+    [
+        ("169.254.0.0/16", "169.254.169.254"),
+        ("169.254.0.0/16", "::ffff:169.254.169.254"),
+        ("169.254.0.0/16", "169.254.170.2"),
+        ("100.64.0.0/10", "100.100.100.200"),
+        ("192.0.0.0/24", "192.0.0.192"),
+        ("168.63.0.0/16", "168.63.129.16"),
+        ("fd00::/8", "fd00:ec2::254"),
+        ("0.0.0.0/0", "169.254.169.254"),
+    ],
+)
+def test_metadata_stays_refused_within_an_allowed_network_unless_it_is_named_itself(network: str, address: str) -> None:
+    assert NetworkPolicy(allow=[network]).vet(address) == "cloud metadata"
+    plain = address.removeprefix("::ffff:")
+    assert NetworkPolicy(allow=[plain]).vet(address) is None
+
+
+def test_a_name_of_metadata_is_refused_even_where_loopback_is_allowed() -> None:
+    for policy in (OVER_HTTP, NetworkPolicy.development()):
+        with pytest.raises(ValidationFailed, match="metadata"):
+            policy.check_url("http://metadata.google.internal/computeMetadata/v1/")
+    named = NetworkPolicy(allow_http=True, allow=["169.254.169.254"])
+    assert named.check_url("http://metadata.google.internal/")
+
+
+def test_a_delegated_policy_parses_strictly_and_judges_no_address() -> None:
+    policy = NetworkPolicy.delegated()
+    assert policy.check_url("https://10.0.0.1:25/") == "https://10.0.0.1:25/"
+    assert policy.check_url("https://localhost/") == "https://localhost/"
+    assert policy.vet("127.0.0.1") is None
+    for url in ("http://example.com/", "https://user@example.com/", "https://a..b/", "https://example.com/a b"):
+        with pytest.raises(ValidationFailed):
+            policy.check_url(url)
+    assert NetworkPolicy.delegated(allow_http=True).check_url("http://example.com/") == "http://example.com/"
+    assert policy != NetworkPolicy()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://example.com/hooks", "https://example.com/hooks"),
+        ("https://example.com/hooks?token=s3cret&a=b", "https://example.com/hooks?***"),
+        ("https://example.com/T0/B00/s3cret-s3cret-s3cret", "https://example.com/T0/B00/***"),
+    ],
+)
+def test_a_url_is_shown_without_what_may_be_a_token(url: str, shown: str) -> None:
+    assert masked_url(url) == shown

@@ -83,12 +83,12 @@ class SystemResolver:
 
     def __init__(self, lookup: Lookup | None = None) -> None:
         self._lookup = lookup or _getaddrinfo
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._forget_everything()
+        self._begin_anew()
 
-    def _forget_everything(self) -> None:
+    def _begin_anew(self) -> None:
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._jobs: dict[str, _Job] = {}
         self._running: set[_Job] = set()
         self._waiting: dict[_Standing, deque[_Job]] = {standing: deque() for standing in _Standing}
@@ -99,9 +99,9 @@ class SystemResolver:
         """Resolve, or return what is known already."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            # Look-ups of a loop that has ended never report back.
+            # Look-ups of a loop that has ended never report back, and their threads may hang for long.
+            self.close()
             self._loop = loop
-            self._forget_everything()
         answer = self._answers.get(host)
         age = ANSWER_KEPT if answer is None else loop.time() - answer.at
         if answer is not None and age < ANSWER_FRESH:
@@ -117,6 +117,7 @@ class SystemResolver:
             self._queue.put(None)
         self._threads = 0
         self._loop = None
+        self._begin_anew()
 
     async def _wait_for(self, job: _Job) -> Sequence[str]:
         job.waiting += 1
@@ -163,7 +164,9 @@ class SystemResolver:
                 running.append(standing)
                 if self._threads < len(running):
                     self._threads += 1
-                    threading.Thread(target=self._work, name="hookwright-resolver", daemon=True).start()
+                    threading.Thread(
+                        target=self._work, args=(self._queue,), name="hookwright-resolver", daemon=True
+                    ).start()
                 self._queue.put(job)
 
     def _has_room(self, standing: _Standing, running: list[_Standing]) -> bool:
@@ -192,8 +195,8 @@ class SystemResolver:
 
     # -- in a thread --------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+    def _work(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        while (job := jobs.get()) is not None:
             outcome: Sequence[str] | OSError
             try:
                 outcome = self._lookup(job.host, job.port)
