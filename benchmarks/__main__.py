@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from benchmarks import deliver, emit, gone, history, idle, imports, isolation
+from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation
 from benchmarks._harness import save, show
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "isolation": isolation,
     "history": history,
     "gone": gone,
+    "dns": dns,
     "idle": idle,
     "imports": imports,
 }

@@ -72,6 +72,7 @@ from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport._base import Failure, Request, Response, Transport
+from hookwright.transport._resolver import Resolver, SystemResolver
 from hookwright.transport.direct import DirectTransport
 from hookwright.transport.httpx import HttpxTransport
 
@@ -133,6 +134,7 @@ __all__ = [
     "Profile",
     "Receipt",
     "Request",
+    "Resolver",
     "Response",
     "RetryPolicy",
     "SQLiteStorage",
@@ -149,6 +151,7 @@ __all__ = [
     "StorageError",
     "StorageFull",
     "Subscription",
+    "SystemResolver",
     "Timeouts",
     "Transport",
     "ValidationFailed",
