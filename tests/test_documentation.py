@@ -54,6 +54,17 @@ async def test_an_example_in_the_documentation_runs(name: str, tmp_path: Path, m
         await asyncio.wait_for(done, 20)
 
 
+def test_every_test_that_the_document_on_security_names_exists() -> None:
+    known = "\n".join(
+        f"{path.name}\n{path.read_text('utf-8')}"
+        for folder in ("tests", "src/hookwright/testing")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    named = set(re.findall(r"test_[a-z0-9_]+(?:\.py)?", (ROOT / "docs" / "security.md").read_text("utf-8")))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if name not in known] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_file_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
