@@ -128,7 +128,7 @@ _AFTER_ID = """d.id > coalesce((
 _ID_LAG = 60 * SECOND
 
 _UNSUCCESSFUL = {DeliveryState.FAILED, DeliveryState.CANCELLED, DeliveryState.SKIPPED}
-UNSUCCESSFUL = "d.state IN ('failed', 'cancelled', 'skipped')"
+UNSUCCESSFUL = "d.state <> 'pending' AND d.state <> 'succeeded'"
 
 
 def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
