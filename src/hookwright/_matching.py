@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class CachedEndpoint(NamedTuple):
     """An endpoint, with what matching and sending need made ready once.
 
-    `blanked` is filled by `_blank.secrets_of`. `broken` says why its secrets and headers could not be opened; it has
+    `hidden` is filled by `_blank.secrets_of`. `broken` says why its secrets and headers could not be opened; it has
     none then, and nothing may be sent to it.
     """
 
@@ -35,7 +35,7 @@ class CachedEndpoint(NamedTuple):
     filters: Mapping[str, TypedValues]
     secrets: tuple[tuple[Secret, int | None], ...]
     checked: dict[int, Sequence[Secret]]
-    blanked: list[str]
+    hidden: list[Any]
     broken: str | None = None
 
     def __repr__(self) -> str:
