@@ -203,16 +203,19 @@ async def test_a_full_disk_tells_nothing(tmp_path: Path) -> None:
     assert collector.leaks == []
 
 
-@pytest.mark.parametrize("place", ["_claim.claim", "_settle.settle", "_requeue.requeue", "_history.attempts"])
+@pytest.mark.parametrize("kind", [sqlite3.OperationalError, RuntimeError])
+@pytest.mark.parametrize(
+    "place", ["_claim.claim", "_claim._wait_for_rate", "_settle.settle", "_requeue.requeue", "_history.attempts"]
+)
 async def test_a_defect_of_the_storage_tells_nothing(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> Any:
-        raise sqlite3.OperationalError("disk I/O error")
+        raise kind("disk I/O error")
 
     clock = VirtualClock()
     async with collecting() as collector, opened(f"sqlite:///{tmp_path / 'a.db'}", collector, clock=clock) as one:
-        await subscribe(one, URL)
+        await one.endpoints.update((await subscribe(one, URL)).id, rate_limit=1)
         with monkeypatch.context() as patch:
             patch.setattr(f"hookwright.storage.sqlite.{place}", broken)
             event_id = await emit(one)
@@ -222,7 +225,7 @@ async def test_a_defect_of_the_storage_tells_nothing(
             for call in (one.deliveries.retry, one.deliveries.attempts, one.deliveries.payload):
                 try:
                     await call(delivery.id)
-                except HookwrightError as error:
+                except (HookwrightError, kind) as error:
                     collector.raised(place, error)
             collector.show("health", await one.health())
         await clock.advance(60)
