@@ -83,6 +83,10 @@ _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MASK = "***"
 _TOKEN_LENGTH = 16
+"""Characters of a part of a path that is taken for a token."""
+
+_TOKEN_LEAST = 8
+"""Characters of a query's value that is taken for a token: shorter ones are found in any text."""
 
 # Services that take an HTTP request's lines for commands (the bad ports of the WHATWG Fetch standard, of which those
 # below 1024 are closed anyway), and data stores and daemons that obey whoever reaches them.
@@ -245,9 +249,21 @@ class NetworkPolicy:
 
 def masked_url(url: str) -> str:
     """Return a url as it may be shown: many carry their token in the query, or as a long part of the path."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return _MASK
     path = "/".join(_MASK if len(part) >= _TOKEN_LENGTH else part for part in parts.path.split("/"))
-    return f"{parts.scheme}://{parts.netloc}{path}{f'?{_MASK}' if parts.query else ''}"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{path}{f'?{_MASK}' if parts.query else ''}"
+
+
+def tokens_of(url: str) -> list[str]:
+    """Return the parts of a url that may be its token, as they are written there."""
+    parts = urlsplit(url)
+    values = [pair.partition("=")[2] or pair for pair in parts.query.split("&")]
+    found = [value for value in values if len(value) >= _TOKEN_LEAST]
+    return found + [part for part in parts.path.split("/") if len(part) >= _TOKEN_LENGTH]
 
 
 def advice(rule: str) -> str:

@@ -82,7 +82,7 @@ def candidates(event_type: str) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"  # data, in the type's place
     return text if len(text) <= 80 else text[:77] + "..."  # a message stays on a line
 
 
@@ -296,14 +296,23 @@ def _validate(declared: _EventType, data: object, encoded: bytes) -> None:
     if not _is_model(declared):
         error = next(declared.model.iter_errors(json.loads(encoded)), None)
         if error is not None:
-            raise ValidationFailed("data", f"does not fit {declared.name!r}: {error.json_path}: {error.message}")
+            said = error.message.replace(repr(error.instance), "it")  # never the data
+            raise ValidationFailed("data", f"does not fit {declared.name!r}: {error.json_path}: {said}")
     elif not isinstance(data, declared.model):
+        what = None
         try:
             # As JSON, and strictly: what the exported schema forbids must not pass because Python could convert it.
             declared.model.model_validate_json(encoded, strict=True)
         except ValidationError as error:
-            what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'data'}: {e['msg']}" for e in error.errors())
-            raise ValidationFailed("data", f"does not fit {declared.name!r}: {what}") from None
+            what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'data'}: {_said(e)}" for e in error.errors())
+        if what is not None:  # raised here: pydantic's error holds the data, and would be the context of ours
+            raise ValidationFailed("data", f"does not fit {declared.name!r}: {what}")
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    if error["type"] == "union_tag_invalid":  # the one message of pydantic's own that repeats the data
+        return f"its tag must be one of {error['ctx']['expected_tags']}"
+    return str(error["msg"])
 
 
 def _validator(name: str, schema: Mapping[str, Any]) -> Any:

@@ -56,7 +56,9 @@ class ClientCertificate:
         try:
             return cls(Path(certificate).read_text("ascii"), Path(key).read_text("ascii"), password)
         except (OSError, UnicodeError) as error:
-            raise ConfigurationError(f"client_certificate: a file cannot be read: {error}") from None
+            # Without the path: a PEM text given in its place is a private key.
+            reason = getattr(error, "strerror", None) or "it is no PEM text"
+            raise ConfigurationError(f"client_certificate: a file cannot be read: {reason}") from None
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Make a TLS context present it. Reads and writes files: not on the loop. Raises ssl.SSLError or OSError."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from hookwright._blank import blank, blank_text, secrets_of
+from hookwright._blank import blank, blank_headers, blank_text, secrets_of
 from hookwright._catalogue import RESERVED
 from hookwright._clock import SECOND, to_datetime
 from hookwright._deadlines import Deadlines
@@ -376,7 +376,7 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
             sent.started_at,
             sent.duration,
             error=answer.code,
-            detail=answer.detail or None,
+            detail=blank_text(answer.detail, secrets_of(prepared)) if answer.detail else None,
             body_sha256=prepared.body_sha256,
         )
     secrets = secrets_of(prepared) if answer.body or answer.headers else ()
@@ -385,7 +385,7 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
         sent.duration,
         status=answer.status,
         error=None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
-        response_headers=tuple((name, blank_text(value, secrets)) for name, value in answer.headers),
+        response_headers=blank_headers(answer.headers, secrets),
         response_body=blank(answer.body, secrets, truncated=answer.truncated),
         response_truncated=answer.truncated,
         body_sha256=prepared.body_sha256,

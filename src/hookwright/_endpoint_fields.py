@@ -41,7 +41,9 @@ def filters_of(filters: Mapping[str, Sequence[str | int | bool]] | None) -> dict
     """Return filters with their values as tuples. Raises ValidationFailed."""
     checked: dict[str, tuple[str | int | bool, ...]] = {}
     if filters is not None and not isinstance(filters, Mapping):
-        raise ValidationFailed("filters", f"must be a mapping, such as {{'index_id': ['idx_1']}}, not {filters!r}")
+        raise ValidationFailed(
+            "filters", f"must be a mapping, such as {{'index_id': ['idx_1']}}, not {type(filters).__name__}"
+        )
     for key, values in (filters or {}).items():
         if not isinstance(key, str) or not isinstance(values, (str, int, Iterable)):
             raise ValidationFailed("filters", f"{key!r} must be text, with a list of at least one str, int or bool")
@@ -66,10 +68,14 @@ _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")  # RFC 91
 def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     """Return custom headers as pairs. Raises ValidationFailed."""
     if headers is not None and not isinstance(headers, Mapping):
-        raise ValidationFailed("headers", f"must be a mapping from name to value, not {headers!r}")
+        raise ValidationFailed("headers", f"must be a mapping from name to value, not {type(headers).__name__}")
     for name, value in (headers or {}).items():
         if not isinstance(name, str) or not HEADER_NAME.fullmatch(name):
-            raise ValidationFailed("headers", f"{name!r} is no header name (letters, digits and -)")
+            # What follows may be the value: a whole line was given as the name.
+            begin = HEADER_NAME.match(name) if isinstance(name, str) else None
+            raise ValidationFailed(
+                "headers", f"{begin[0] if begin else ''!r} is no header name (letters, digits and -)"
+            )
         if is_reserved(name):
             raise ValidationFailed("headers", f"{name} is set by hookwright or belongs to the connection: leave it out")
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):

@@ -28,6 +28,9 @@ class Content(NamedTuple):
     occurred_at: int
     tenant: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Content(event_id={self.event_id!r}, event_type={self.event_type!r}, {len(self.data)} bytes)"
+
 
 class Envelope(Protocol):
     """Renders the body. Whatever it raises fails the delivery at once, with error `render_error`.

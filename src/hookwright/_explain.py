@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookwright._addresses import masked_url
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
 from hookwright._prepare import Prepared, Unrenderable, Unusable
@@ -30,6 +31,12 @@ class Match(NamedTuple):
     headers: tuple[tuple[str, str], ...]
     body: bytes
     problem: str | None
+
+    def __repr__(self) -> str:
+        return (
+            f"Match(endpoint_id={self.endpoint_id!r}, url={masked_url(self.url)!r}, {len(self.body)} bytes,"
+            f" problem={self.problem!r})"
+        )
 
 
 class Mismatch(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
 class CachedEndpoint(NamedTuple):
     """An endpoint, with what matching and sending need made ready once.
 
-    `broken` says why its secrets and headers could not be opened; it has none then, and nothing may be sent to it.
+    `hidden` is filled by `_blank.secrets_of`. `broken` says why its secrets and headers could not be opened; it has
+    none then, and nothing may be sent to it.
     """
 
     row: EndpointRow
     filters: Mapping[str, TypedValues]
     secrets: tuple[tuple[Secret, int | None], ...]
     checked: dict[int, Sequence[Secret]]
+    hidden: list[Any]
     broken: str | None = None
+
+    def __repr__(self) -> str:
+        return f"CachedEndpoint({self.row!r}, broken={self.broken!r})"
 
     def live_secrets(self, now: int) -> list[Secret]:
         """Return the secrets that have not expired, newest first."""
@@ -93,7 +98,7 @@ class EndpointCache:
             row, broken = replace(row, keys=(), headers=()), str(error)
         filters = {key: typed(values) for key, values in row.filters.items()}
         secrets = tuple((Secret.text(key.text), key.expires_at) for key in row.keys)
-        new = CachedEndpoint(row, filters, secrets, {}, broken)
+        new = CachedEndpoint(row, filters, secrets, {}, [], broken)
         self._by_id[row.id] = new
         for pattern in row.events:
             self._by_pattern[pattern][row.id] = new

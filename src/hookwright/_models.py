@@ -11,6 +11,7 @@ from datetime import datetime  # noqa: TC003  # whoever reads the dataclasses' t
 from enum import StrEnum
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from hookwright._addresses import masked_url
 from hookwright._clock import SECOND, to_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._health import NO_HEALTH, Change, EndpointHealth
@@ -79,17 +80,17 @@ DELIVERY_STATES: Final[tuple[tuple[DeliveryState | None, str, DeliveryState], ..
 class Event:
     """What the application emitted, snapshotted at that moment. `data` is the exact JSON that was stored.
 
-    After `expunge` the data is empty and `expunged_at` says when.
+    After `expunge` the data is empty and `expunged_at` says when. Data, attributes and key are not in its `repr`.
     """
 
     id: str
     type: str
-    data: bytes
+    data: bytes = field(repr=False)
     tenant: str | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     occurred_at: datetime
     created_at: datetime
-    idempotency_key: str | None = None
+    idempotency_key: str | None = field(default=None, repr=False)
     trace_context: str | None = None
     expunged_at: datetime | None = None
 
@@ -132,6 +133,12 @@ class Endpoint:
     secret: Secret | None = None
     secret_last4: str = ""
 
+    def __repr__(self) -> str:
+        return (
+            f"Endpoint(id={self.id!r}, url={masked_url(self.url)!r}, events={self.events!r}, tenant={self.tenant!r},"
+            f" state={self.state.value!r})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
@@ -161,8 +168,8 @@ class Attempt:
     status: int | None = None
     error: str | None = None
     detail: str | None = None
-    response_headers: tuple[tuple[str, str], ...] = ()
-    response_body: bytes = b""
+    response_headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    response_body: bytes = field(default=b"", repr=False)
     response_truncated: bool = False
     body_sha256: str | None = None
 
@@ -193,6 +200,9 @@ class Payload(NamedTuple):
     headers: tuple[tuple[str, str], ...]
     body: bytes
     changed: bool | None
+
+    def __repr__(self) -> str:
+        return f"Payload(url={masked_url(self.url)!r}, {len(self.body)} bytes, changed={self.changed})"
 
 
 class Health(NamedTuple):
@@ -279,6 +289,9 @@ class EventRow(NamedTuple):
     digest: bytes | None = None
     trace_context: str | None = None
 
+    def __repr__(self) -> str:
+        return f"EventRow(id={self.id!r}, type={self.type!r})"
+
 
 class NewDelivery(NamedTuple):
     """One row of the fan-out. `available_at` 0 is at once, whatever a clock does; `skipped` rows are only recorded."""
@@ -359,6 +372,9 @@ class Lease(NamedTuple):
     taken_over: bool
     proven: bool
 
+    def __repr__(self) -> str:
+        return f"Lease(delivery_id={self.delivery_id!r}, endpoint_id={self.endpoint_id!r}, number={self.number})"
+
 
 class Claim(NamedTuple):
     """What a claim brought, and when to come again: the next time anything becomes due (None: nothing is waiting).
@@ -383,6 +399,9 @@ class AttemptRecord(NamedTuple):
     response_body: bytes = b""
     response_truncated: bool = False
     body_sha256: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"AttemptRecord(status={self.status}, error={self.error!r}, detail={self.detail!r})"
 
 
 def to_attempt(delivery_id: str, number: int, record: AttemptRecord) -> Attempt:

@@ -94,7 +94,8 @@ class Preparer:
         try:
             body = profile.renderer.render(content)
             if not isinstance(body, bytes):
-                raise TypeError(f"the envelope returned {type(body).__name__}, not bytes")
+                body = type(body).__name__  # and no more of it: what is raised shows this frame
+                raise TypeError(f"the envelope returned {body}, not bytes")
         except UnfitData as error:
             return Unrenderable(str(error))
         except Exception as error:  # an envelope is the application's code, and must not stop the worker

@@ -91,7 +91,7 @@ class Profile:
 
     envelope: Envelope | Callable[[Content], bytes] = field(default_factory=StandardEnvelope)
     signers: Sequence[Signer] = field(default_factory=lambda: (StandardWebhooks(),))
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     retry: RetryPolicy = field(default_factory=RetryPolicy.standard)
     timeouts: Timeouts = field(default_factory=Timeouts)
     client_certificate: ClientCertificate | None = None

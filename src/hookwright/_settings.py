@@ -35,7 +35,7 @@ def check_settings(
     """Raise ConfigurationError for settings that do not go together."""
     for name, profile in profiles.items():
         if not isinstance(profile, Profile):
-            raise ConfigurationError(f"profiles: {name!r} must be a Profile, not {profile!r}")
+            raise ConfigurationError(f"profiles: {name!r} must be a Profile, not {type(profile).__name__}")
     if retention is not None and not isinstance(retention, timedelta):
         raise ConfigurationError(f"retention: must be a timedelta, such as timedelta(days=30), not {retention!r}")
     for name, value in (("concurrency", concurrency), ("endpoint_concurrency", endpoint_concurrency)):
@@ -79,7 +79,7 @@ def check_parts(profiles: object, network: object, transport: object, clock: obj
     }
     for name, (part, kind) in wanted.items():
         if part is not None and not isinstance(part, kind):
-            raise ConfigurationError(f"{name}: must be a {kind.__name__}, not {part!r}")
+            raise ConfigurationError(f"{name}: must be a {kind.__name__}, not {type(part).__name__}")
     if isinstance(catalogue, Catalogue) and isinstance(profiles, Mapping):
         for profile in profiles.values():
             catalogue.check_envelope(getattr(profile, "envelope", None))
@@ -112,8 +112,10 @@ def storage_of(storage: str | Storage) -> Storage:
         return MemoryStorage()
     path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
     if path in ("", storage) or path.startswith(":"):
+        scheme, found, _ = str(storage).partition("://")  # what follows may hold a password
+        shown = f"{scheme}://..." if found else storage
         raise ConfigurationError(
-            f"storage: {storage!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
+            f"storage: {shown!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
         )
     return SQLiteStorage(path)
 

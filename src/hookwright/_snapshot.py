@@ -42,6 +42,9 @@ class NewEvent(NamedTuple):
     deliver_at: datetime | None = None
     trace_context: str | None = None
 
+    def __repr__(self) -> str:
+        return f"NewEvent(type={self.type!r}, tenant={self.tenant!r}, event_id={self.event_id!r})"
+
 
 DATA_LIMIT = 256 * 1024
 """Bytes of an event's data as JSON at most."""
@@ -106,7 +109,9 @@ def _refuse_constant(constant: str) -> None:
 def _attributes(attributes: Mapping[str, AttributeValue] | None) -> dict[str, list[Scalar]]:
     listed: dict[str, list[Scalar]] = {}
     if attributes is not None and not isinstance(attributes, Mapping):
-        raise ValidationFailed("attributes", f"must be a mapping, such as {{'index_id': 'idx_1'}}, not {attributes!r}")
+        raise ValidationFailed(
+            "attributes", f"must be a mapping, such as {{'index_id': 'idx_1'}}, not {type(attributes).__name__}"
+        )
     for key, value in (attributes or {}).items():
         if not isinstance(key, str):
             raise ValidationFailed("attributes", f"the key {key!r} must be text")

@@ -44,12 +44,19 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What the receiver answered. The body is raw (never decoded) and capped; `truncated` says that more was sent."""
+    """What the receiver answered. The body is raw (never decoded) and capped; `truncated` says that more was sent.
+
+    Headers and body are not in its `repr`: receivers echo what they are sent.
+    """
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     truncated: bool = False
+
+    def __repr__(self) -> str:
+        cut = ", truncated" if self.truncated else ""
+        return f"Response(status={self.status}, {len(self.headers)} headers, {len(self.body)} bytes{cut})"
 
 
 class Failure(NamedTuple):

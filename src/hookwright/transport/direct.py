@@ -39,6 +39,9 @@ class _Way(NamedTuple):
     port: int
     begin: str
 
+    def __repr__(self) -> str:
+        return f"_Way({self.scheme}://{self.host}:{self.port})"
+
 
 class _Connections:
     """An endpoint's connections: those in use, those that wait to be used again, and who waits for one."""

@@ -18,6 +18,7 @@ import httpx2
 from hookwright._errors import ConfigurationError
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Request, Response
 from hookwright.transport._dial import DialFailed, own_network
+from hookwright.transport._discreet import attempting, be_discreet
 from hookwright.transport._pinned import PinnedTransport
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class HttpxTransport:
         if inner is None:
             inner = self._own = PinnedTransport(own_network(network), ssl_context=ssl_context, resolver=resolver)
         self._inner = inner
+        be_discreet()
         self._has_network = network is not None
         self._urls: dict[str, httpx2.URL] = {}
 
@@ -79,6 +81,7 @@ class HttpxTransport:
         if request.client_certificate is not None and self._own is None:
             return Failure("auth_error", "a client certificate cannot be presented through another inner transport")
         answer = _Answer()
+        quiet = attempting.set(True)
         deadline = asyncio.timeout(request.total_timeout)
         try:
             async with deadline:
@@ -86,6 +89,8 @@ class HttpxTransport:
         except Exception as error:  # noqa: BLE001  # a failure is a value; every exception is converted in one place
             # Once there is a status the attempt is judged by it, however the body ended.
             return answer.response() or _failure(error, expired=deadline.expired())
+        finally:
+            attempting.reset(quiet)
         return answer.response() or Failure("protocol_error", answer.refused)
 
     async def aclose(self) -> None:

@@ -114,14 +114,23 @@ def _wait_for_rate(database: Database, lane: _Ready, sent: int, now: int) -> boo
     return opens > now
 
 
+class _Row(tuple[Any, ...]):
+    """A row with an event's data, which no traceback shows."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"_Row({self[0]!r})"
+
+
 def _due_rows(database: Database, request: ClaimRequest, now: int, lane: _Ready, *, limit: int) -> list[Lease]:
     if lane.rate_interval is not None:
         limit = min(limit, allowed(lane.rate_interval, lane.rate_at, now))
     # A row of ours whose lease has ended may be due again while we still hold it: look past those.
     held = request.in_flight.get(lane.endpoint_id, ())
     wanted = {"endpoint": lane.endpoint_id, "now": now, "limit": limit + len(held)}
-    rows = database.execute(_ROWS_FOR_NOW, wanted).fetchall()
-    by_time = database.execute(_ROWS_BY_TIME, wanted).fetchall()
+    rows = [*map(_Row, database.execute(_ROWS_FOR_NOW, wanted).fetchall())]
+    by_time = [*map(_Row, database.execute(_ROWS_BY_TIME, wanted).fetchall())]
     if by_time:
         rows = sorted(rows + by_time, key=_due_since)
     rows = [row for row in rows if row[0] not in held][:limit]

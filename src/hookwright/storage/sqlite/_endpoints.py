@@ -68,9 +68,12 @@ def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
     """See `Storage.create_endpoint`."""
     if database.execute("SELECT 1 FROM hookwright_endpoint WHERE id = ?", (endpoint.id,)).fetchone():
         raise ConflictError(f"id: there is an endpoint {endpoint.id} already")
-    values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     names = ", ".join(f":{column}" for column in _COLUMNS)
-    database.execute(f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})", values)
+    # The values have no name: they hold secrets, and an error shows what has one.
+    database.execute(
+        f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})",
+        _to_columns(endpoint) | {"revision": bump_revision(database)},
+    )
     database.execute(
         "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap, rate_interval) VALUES (?, ?, ?, ?, ?)",
         (
@@ -89,9 +92,11 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
     stored = get(database, endpoint.id)
     if stored.revision != endpoint.revision:
         raise ConflictError(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
-    values = _to_columns(endpoint) | {"revision": bump_revision(database)}
     assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
-    database.execute(f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id", values)
+    database.execute(
+        f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id",
+        _to_columns(endpoint) | {"revision": bump_revision(database)},
+    )
     database.execute(
         "UPDATE hookwright_lane SET cap = ?1, rate_interval = ?2, rate_at = CASE WHEN rate_interval IS ?2 THEN rate_at"
         " ELSE 0 END, rate_until = CASE WHEN rate_interval IS ?2 THEN rate_until ELSE 0 END WHERE endpoint_id = ?3",
