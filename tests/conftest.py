@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hookwright.testing import VirtualClock
+pytest.register_assert_rewrite("hookwright.testing")
+
+from hookwright.testing import VirtualClock  # noqa: E402  # what is rewritten must not have been read before
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

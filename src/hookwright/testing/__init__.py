@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hookwright.testing._clock import VirtualClock
@@ -30,5 +31,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, parts = _CONTRACTS[name]
     pytest = importlib.import_module("pytest")
-    pytest.register_assert_rewrite(*(f"{module}_{part}" for part in parts))
+    unread = (f"{module}_{part}" for part in parts if f"{module}_{part}" not in sys.modules)
+    pytest.register_assert_rewrite(*unread)
     return getattr(importlib.import_module(module), name)
