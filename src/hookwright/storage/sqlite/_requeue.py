@@ -102,4 +102,4 @@ def record_test(database: Database, emission: Emission, state: DeliveryState, at
         "UPDATE hookwright_delivery SET state = ?, attempt_count = 1, last_status = ?, last_error = ? WHERE id = ?",
         (state.value, attempt.status, attempt.error, delivery.id),
     )
-    database.execute(INSERT_ATTEMPT, attempt_row(delivery.id, attempt))
+    database.execute(INSERT_ATTEMPT, attempt_row(delivery.id, 1, attempt))

@@ -26,55 +26,76 @@ def settle(
     database: Database, waiting: Sequence[tuple[Sequence[Outcome], HealthPolicy]], now: int
 ) -> list[list[Settled]]:
     """Answer each as `Storage.settle` says."""
-    ended: list[Outcome] = []
-    lanes = _Lanes(database, (outcome.endpoint_id for outcomes, _ in waiting for outcome in outcomes))
-    answers = [[_settle_one(database, o, lanes, ended, policy, now) for o in outcomes] for outcomes, policy in waiting]
-    database.executemany(INSERT_ATTEMPT, [attempt_row(o.delivery_id, o.attempt) for o in ended if o.attempt])
+    everything = [outcome for outcomes, _ in waiting for outcome in outcomes]
+    rows, lanes = _Rows(database, everything), _Lanes(database, everything)
+    answers = [[_settle_one(database, o, rows, lanes, policy, now) for o in outcomes] for outcomes, policy in waiting]
+    rows.write(database)
     lanes.write(database)
-    make_due(database, ((o.endpoint_id, now + o.retry_in) for o in ended if not o.state.final), now)
-    outcomes = (outcome for outcomes, _ in waiting for outcome in outcomes)
-    _tell(database, zip(outcomes, (settled for answer in answers for settled in answer), strict=True), now)
+    make_due(database, rows.retried, now)
+    _tell(database, zip(everything, (settled for answer in answers for settled in answer), strict=True), now)
     return answers
 
 
-# The fence: the token is compared, never the time.
-_END = (
-    "UPDATE hookwright_delivery SET state = ?1, available_at = coalesce(?2, 0), scheduled_at = ?2, token = NULL,"
-    " finished_at = ?3 WHERE id = ?4 AND token = ?5"
-)
-_END_WITH_ATTEMPT = (
-    "UPDATE hookwright_delivery SET state = ?1, available_at = coalesce(?2, 0), scheduled_at = ?2, token = NULL,"
-    " finished_at = ?3, attempt_count = attempt_count + 1, last_status = ?6, last_error = ?7"
-    " WHERE id = ?4 AND token = ?5"
-)
-
-
 def _settle_one(
-    database: Database, outcome: Outcome, lanes: _Lanes, ended: list[Outcome], policy: HealthPolicy, now: int
+    database: Database, outcome: Outcome, rows: _Rows, lanes: _Lanes, policy: HealthPolicy, now: int
 ) -> Settled:
-    retry_at, finished_at = (None, now) if outcome.state.final else (now + outcome.retry_in, None)
-    written = (outcome.state.value, retry_at, finished_at, outcome.delivery_id, outcome.token)
-    attempt = outcome.attempt
-    if attempt is None:
-        held = database.execute(_END, written).rowcount
-    else:
-        held = database.execute(_END_WITH_ATTEMPT, (*written, attempt.status, attempt.error)).rowcount
-    if not held:
+    if not rows.end(outcome, now):
         return Settled(held=False)
-    ended.append(outcome)
-    return lanes.update(database, outcome, policy, now)._replace(next_attempt_at=retry_at)
+    settled = lanes.update(database, outcome, policy, now)
+    return settled if outcome.state.final else settled._replace(next_attempt_at=now + outcome.retry_in)
 
 
-INSERT_ATTEMPT = (
-    "INSERT INTO hookwright_attempt SELECT ?1, attempt_count, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10"
-    " FROM hookwright_delivery WHERE id = ?1"
-)
+class _Rows:
+    """The deliveries that the outcomes are about: read once, written once."""
+
+    def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
+        found = database.execute(
+            "SELECT id, token, attempt_count, last_status, last_error FROM hookwright_delivery WHERE token IS NOT NULL"
+            " AND id IN (SELECT value FROM json_each(?))",
+            (json.dumps([outcome.delivery_id for outcome in outcomes]),),
+        )
+        self._leased = {row[0]: row[1:] for row in found}
+        self._ended: list[tuple[Any, ...]] = []
+        self._attempts: list[tuple[Any, ...]] = []
+        self.retried: list[tuple[str, int]] = []
+
+    def end(self, outcome: Outcome, now: int) -> bool:
+        """Note the end of a lease; say whether it held. The fence: the token is compared, never the time."""
+        token, count, status, error = self._leased.get(outcome.delivery_id, (None, 0, None, None))
+        if token != outcome.token:
+            return False
+        del self._leased[outcome.delivery_id]  # it ends once
+        attempt, final = outcome.attempt, outcome.state.final
+        if attempt is not None:
+            count, status, error = count + 1, attempt.status, attempt.error
+            self._attempts.append(attempt_row(outcome.delivery_id, count, attempt))
+        retry_at = None if final else now + outcome.retry_in
+        if retry_at is not None:
+            self.retried.append((outcome.endpoint_id, retry_at))
+        finished_at = now if final else None
+        self._ended.append(
+            (outcome.state.value, retry_at or 0, retry_at, finished_at, count, status, error, outcome.delivery_id)
+        )
+        return True
+
+    def write(self, database: Database) -> None:
+        """Write what ended."""
+        database.executemany(
+            "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
+            " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ? WHERE id = ?",
+            self._ended,
+        )
+        database.executemany(INSERT_ATTEMPT, self._attempts)
 
 
-def attempt_row(delivery_id: str, attempt: AttemptRecord) -> tuple[Any, ...]:
-    """Return the columns of an attempt, without its number."""
+INSERT_ATTEMPT = "INSERT INTO hookwright_attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[Any, ...]:
+    """Return the columns of an attempt."""
     return (
         delivery_id,
+        number,
         attempt.started_at,
         attempt.duration,
         attempt.status,
@@ -107,11 +128,11 @@ class _Lane:
 class _Lanes:
     """The lanes that the outcomes are about: read once, written once."""
 
-    def __init__(self, database: Database, endpoint_ids: Iterable[str]) -> None:
+    def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
         rows = database.execute(
             "SELECT endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep"
             " FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?))",
-            (json.dumps(list(set(endpoint_ids))),),
+            (json.dumps(list({outcome.endpoint_id for outcome in outcomes})),),
         ).fetchall()
         self._lanes = {row[0]: _Lane(row) for row in rows}
         self._earned = {row[0]: row[2] for row in rows}
