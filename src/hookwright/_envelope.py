@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from hookwright._clock import SECOND, to_datetime
@@ -248,9 +249,15 @@ def _time(microseconds: int, time_format: TimeFormat) -> bytes:
         return b"%d" % (microseconds // SECOND)
     if time_format == "epoch_ms":
         return b"%d" % (microseconds // 1000)
-    moment = to_datetime(microseconds)
-    text = moment.isoformat(timespec="milliseconds" if time_format == "iso_ms" else "seconds")
-    return b'"%bZ"' % text.removesuffix("+00:00").encode()
+    seconds, rest = divmod(microseconds, SECOND)
+    if time_format == "iso_ms":
+        return b'"%b.%03dZ"' % (_second(seconds), rest // 1000)
+    return b'"%bZ"' % _second(seconds)
+
+
+@lru_cache(maxsize=64)  # events come in order of time: a second is seldom asked for alone
+def _second(seconds: int) -> bytes:
+    return to_datetime(seconds * SECOND).isoformat(timespec="seconds").removesuffix("+00:00").encode()
 
 
 def _time_schema(time_format: TimeFormat) -> dict[str, Any]:

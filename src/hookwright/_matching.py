@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class CachedEndpoint(NamedTuple):
     """An endpoint, with what matching and sending need made ready once.
 
-    `hidden` is filled by `_blank.secrets_of`. `broken` says why its secrets and headers could not be opened; it has
-    none then, and nothing may be sent to it.
+    `hidden` is filled by `_blank.secrets_of`, `fixed` (headers) by the Preparer. `broken` says why its secrets and
+    headers could not be opened; it has none then, and nothing may be sent to it.
     """
 
     row: EndpointRow
@@ -36,6 +36,7 @@ class CachedEndpoint(NamedTuple):
     secrets: tuple[tuple[Secret, int | None], ...]
     checked: dict[int, Sequence[Secret]]
     hidden: list[Any]
+    fixed: list[tuple[str, str]]
     broken: str | None = None
 
     def __repr__(self) -> str:
@@ -98,7 +99,7 @@ class EndpointCache:
             row, broken = replace(row, keys=(), headers=()), str(error)
         filters = {key: typed(values) for key, values in row.filters.items()}
         secrets = tuple((Secret.text(key.text), key.expires_at) for key in row.keys)
-        new = CachedEndpoint(row, filters, secrets, {}, [], broken)
+        new = CachedEndpoint(row, filters, secrets, {}, [], [], broken)
         self._by_id[row.id] = new
         for pattern in row.events:
             self._by_pattern[pattern][row.id] = new

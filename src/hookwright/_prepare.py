@@ -109,16 +109,16 @@ class Preparer:
             return Unusable(str(error))
         except Exception as error:  # noqa: BLE001  # a signer may be the application's code, and ask a service
             return Unusable(f"a signer raised {type(error).__name__}")
-        timeouts = profile.timeouts
-        total = endpoint.row.timeout or timeouts.total
+        row, timeouts = endpoint.row, profile.timeouts
+        total = row.timeout or timeouts.total
         request = Request(
-            url=endpoint.row.url,
-            headers=headers,
-            body=body,
-            endpoint_id=lease.endpoint_id,
-            revision=endpoint.row.revision,
-            connections=endpoint.row.concurrency or self._endpoint_concurrency,
-            total_timeout=total,
+            row.url,
+            headers,
+            body,
+            lease.endpoint_id,
+            row.revision,
+            row.concurrency or self._endpoint_concurrency,
+            total,
             connect_timeout=min(total, timeouts.connect),
             dns_timeout=min(total, timeouts.dns),
             client_certificate=profile.client_certificate,
@@ -136,11 +136,7 @@ class Preparer:
     ) -> tuple[tuple[str, str], ...]:
         # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
         timestamp = self._clock.wall() // SECOND
-        headers = [("content-type", getattr(profile.envelope, "content_type", "application/json"))]
-        own = endpoint.row.headers
-        if not own or not any(name.lower() == "user-agent" for name, _ in own):
-            headers.append(("user-agent", self._user_agent))
-        headers.extend(own)
+        headers = list(endpoint.fixed or self._fixed(endpoint, profile))
         if profile.headers:
             fields = {
                 "event_id": lease.event_id,
@@ -153,11 +149,24 @@ class Preparer:
         headers.extend(self._signatures(lease, endpoint, profile, timestamp, body))
         return tuple(headers)
 
+    def _fixed(self, endpoint: CachedEndpoint, profile: Profile) -> list[tuple[str, str]]:
+        """Return the headers that are the same for every attempt; an endpoint that changes is cached anew."""
+        own = endpoint.row.headers
+        endpoint.fixed.append(("content-type", getattr(profile.envelope, "content_type", "application/json")))
+        if not any(name.lower() == "user-agent" for name, _ in own):
+            endpoint.fixed.append(("user-agent", self._user_agent))
+        endpoint.fixed.extend(own)
+        return endpoint.fixed
+
     def _signatures(
         self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, timestamp: int, body: bytes
     ) -> Iterable[tuple[str, str]]:
         signed: dict[str, str] = {}
         now = self._clock.now()
+        if len(profile.signers) == 1:
+            [signer] = profile.signers
+            secrets = endpoint.signing(signer, now)
+            return signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets).items()
         for signer in profile.signers:
             secrets = endpoint.signing(signer, now)
             found = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)

@@ -95,10 +95,13 @@ class Profile:
     retry: RetryPolicy = field(default_factory=RetryPolicy.standard)
     timeouts: Timeouts = field(default_factory=Timeouts)
     client_certificate: ClientCertificate | None = None
+    renderer: Envelope = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.envelope, type) or not (hasattr(self.envelope, "render") or callable(self.envelope)):
             raise ConfigurationError(f"Profile: envelope must be an Envelope or a function, not {self.envelope!r}")
+        renderer = self.envelope if hasattr(self.envelope, "render") else CallableEnvelope(self.envelope)
+        object.__setattr__(self, "renderer", renderer)
         if not isinstance(self.retry, RetryPolicy):
             raise ConfigurationError(
                 f"Profile: retry: give RetryPolicy.schedule(0, 60) or the like, not {self.retry!r}"
@@ -129,13 +132,6 @@ class Profile:
                 " endpoints with rotate_secret(profile=...)"
             )
         return signed
-
-    @property
-    def renderer(self) -> Envelope:
-        """The envelope, as an object with `render`."""
-        if hasattr(self.envelope, "render"):
-            return self.envelope
-        return CallableEnvelope(self.envelope)
 
     @property
     def header_names(self) -> frozenset[str]:

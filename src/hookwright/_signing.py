@@ -104,7 +104,7 @@ def _symmetric(secret: Secret, prefix: bytes, body: bytes) -> str:
     mac = standard_webhooks_hmac(secret)
     mac.update(prefix)
     mac.update(body)
-    return "v1," + base64.b64encode(mac.digest()).decode()
+    return "v1," + binascii.b2a_base64(mac.digest(), newline=False).decode()
 
 
 class Ed25519Webhooks:
