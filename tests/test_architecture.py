@@ -36,7 +36,7 @@ LINES = [
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],
     ["storage.sqlite"],
-    ["_prepare", "_endpoint_fields"],
+    ["_prepare", "_endpoint_fields", "_endpoint_views"],
     ["_blank"],
     ["_delivery"],
     ["_endpoints", "_events", "_explain"],

@@ -67,7 +67,11 @@ _METADATA: frozenset[_Address] = frozenset(
         "169.254.170.2",
         "169.254.170.23",
         "192.0.0.192",
+        "169.254.0.23",
+        "169.254.42.42",
+        "fd00:42::42",
         "fd00:ec2::23",
+        "fd00:ec2::253",
         "fd00:ec2::254",
         "fd20:ce::254",
     )
@@ -216,7 +220,10 @@ class NetworkPolicy:
         if _LOCAL_NAMES.fullmatch(host) and not self.allow_loopback:
             raise ValidationFailed(field, f"has a host that names this machine; {advice('loopback')}")
         if host in _METADATA_NAMES and not self._named & _METADATA:
-            raise ValidationFailed(field, f"has a host that names its cloud's metadata; {advice('cloud metadata')}")
+            raise ValidationFailed(
+                field,
+                "has a host that names its cloud's metadata; NetworkPolicy(allow=['169.254.169.254']) would allow it",
+            )
 
     def permits_port(self, port: int) -> bool:
         """Whether the port may be dialled."""
@@ -242,6 +249,8 @@ class NetworkPolicy:
             return "cloud metadata"
         if any(parsed in network for network in self._networks):
             return None
+        if isinstance(parsed, IPv6Address) and (int(parsed) >> 32) & 0xFDFFFFFF == 0x5EFE:
+            return "ISATAP"  # RFC 5214, 6.1: the interface id carries an IPv4 address
         if isinstance(parsed, IPv6Address) and parsed not in _PUBLIC_V6:
             return "loopback" if parsed.is_loopback else "not public"
         return next((rule for network, rule in _TABLE if parsed in network), None)

@@ -194,8 +194,9 @@ class Deliverer:
 
     @property
     def unusable(self) -> Sequence[str]:
-        """What was warned of: endpoints that could not be sent to, and why."""
-        return [f"endpoint {endpoint_id}: {reason}" for endpoint_id, reason in self._warned.items()]
+        """Endpoints that cannot be sent to, and why: what was warned of, and whatever cannot be opened."""
+        found = {**self._warned, **self._preparer.broken}
+        return [f"endpoint {endpoint_id}: {reason}" for endpoint_id, reason in found.items()]
 
     # -- send ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +210,8 @@ class Deliverer:
         started_at = self._clock.now()
         try:
             answer = await self._deadlines.keep(self._transport.send(request), request.total_timeout)
+            if not isinstance(answer, (Response, Failure)) or not isinstance(answer[0], (int, str)):
+                answer = Failure("transport_error", f"it returned {type(answer).__name__}, no Response and no Failure")
         except TimeoutError:
             answer = Failure("timeout", "the transport did not keep to the total timeout")
         except asyncio.CancelledError:

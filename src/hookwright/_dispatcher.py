@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from hookwright._addresses import NetworkPolicy
 from hookwright._clock import SECOND, Clock
 from hookwright._deliveries import Deliveries
 from hookwright._delivery import Deliverer
@@ -28,6 +27,7 @@ from hookwright._settings import (
     check_settings,
     health_policy,
     id_prefix,
+    network_of,
     storage_of,
     transport_of,
     vault_of,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from hookwright._addresses import NetworkPolicy
     from hookwright._catalogue import Catalogue
     from hookwright._explain import Explanation
     from hookwright._models import AttributeValue
@@ -65,8 +66,9 @@ class Dispatcher:
 
     `storage` is `"sqlite:///hooks.db"` (relative), `"sqlite:////var/lib/hooks.db"` (absolute), `"memory:"` (lost with
     the process: for tests), or a Storage. `profiles` name the ways endpoints are spoken to. `network` says where may be
-    sent to: by default public addresses over HTTPS only. `concurrency` attempts are in flight at once, of these
-    `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest attempt by 10 s;
+    sent to: by default what the transport was given, or else public addresses over HTTPS only. `concurrency` attempts
+    are in flight at once, of these `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast
+    the longest attempt by 10 s;
     `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None: never) go, unless
     a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never), and at least 20, is
     disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of what happens to
@@ -118,7 +120,7 @@ class Dispatcher:
         check_parts(profiles, network, transport, clock, catalogue)
         profiles = {"default": Profile(), **(profiles or {})}
         check_settings(profiles, concurrency, endpoint_concurrency, lease, shutdown_timeout, retention)
-        network = network or NetworkPolicy()
+        network = network_of(network, transport)
         self._storage = storage_of(storage)
         self._transport = transport_of(transport, network)
         self._clock = clock or Clock()

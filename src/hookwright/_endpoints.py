@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from hookwright._catalogue import check_reserved
-from hookwright._clock import SECOND, from_datetime, to_datetime
+from hookwright._clock import SECOND, from_datetime
 from hookwright._delivery import longest_timeout
 from hookwright._endpoint_fields import (
     filters_of,
@@ -21,6 +20,7 @@ from hookwright._endpoint_fields import (
     tenant_of,
     text,
 )
+from hookwright._endpoint_views import to_endpoint, to_stats
 from hookwright._errors import ConfigurationError, ConflictError, NotFound, ValidationFailed
 from hookwright._ids import new_id
 from hookwright._models import (
@@ -35,7 +35,6 @@ from hookwright._models import (
     EndpointStats,
     EventRow,
     Key,
-    LastDelivery,
     Lease,
     NewDelivery,
     Page,
@@ -47,7 +46,7 @@ from hookwright._observe import EndpointDisabled
 from hookwright._prepare import lease_of
 from hookwright._secret import Secret
 from hookwright._snapshot import check_aware
-from hookwright._vault import SealBroken, check_clear
+from hookwright._vault import SealBroken, check_clear, looks_sealed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -215,8 +214,8 @@ class Endpoints:
     ) -> Endpoint:
         """Change what is given and leave the rest; the checks are those of `create`.
 
-        Raises NotFound, ValidationFailed, or ConflictError when somebody else changed the endpoint at the same moment,
-        or what is stored encrypted and stays cannot be opened.
+        What is stored encrypted and cannot be opened stays as it is, unless it is what is given. Raises NotFound,
+        ValidationFailed, or ConflictError when somebody else changed the endpoint at the same moment.
         """
         row = await self._row(endpoint_id, tenant)
         given: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -251,8 +250,8 @@ class Endpoints:
         signature only: that of the new secret. `profile` changes to another one at the same moment, whose signers need
         another kind of secret; earlier secrets that they cannot use end with that.
 
-        Raises NotFound, ValidationFailed, or ConflictError when more than five secrets would sign at once, or what is
-        stored encrypted and stays cannot be opened: then an overlap of 0 leaves out the earlier secrets.
+        Raises NotFound, ValidationFailed, or ConflictError when more than five secrets would sign at once. When the key
+        that the earlier secrets were encrypted with is lost, an overlap of 0 leaves them out.
         """
         if not isinstance(overlap, timedelta) or not timedelta(0) <= overlap <= OVERLAP_MOST:
             raise ValidationFailed("overlap", "must be a timedelta from 0 to 7 days")
@@ -263,6 +262,8 @@ class Endpoints:
         end = now + overlap // timedelta(microseconds=1)
         earlier = [Key(key.text, min(end, key.expires_at or end)) for key in row.keys]
         live = [key for key in earlier if key.expires_at is not None and key.expires_at > now]
+        if live:
+            self._check_readable(replace(row, keys=tuple(live), headers=()))
         if len(live) >= KEYS_MOST:
             raise ConflictError(f"{KEYS_MOST} secrets of {endpoint_id} sign already: wait, or rotate with overlap=0")
         stored = await self._replace(replace(row, updated_at=now, keys=(Key(given.reveal()), *live)))
@@ -304,15 +305,17 @@ class Endpoints:
         return count
 
     async def _reseal(self, row: EndpointRow) -> bool:
-        while self._vault.needs_sealing(row):
-            new = self._vault.sealed(self._vault.opened(row))
+        while True:
+            opened = self._vault.opened(row)  # also what is under the first key: it may be another of the same id
+            if not self._vault.needs_sealing(row):
+                return False
+            new = self._vault.sealed(opened)
             try:
                 await self._storage.update_endpoint(new)
             except ConflictError:  # changed meanwhile, and perhaps by a process that has other keys
                 row = await self._storage.get_endpoint(row.id)
             else:
                 return True
-        return False
 
     async def test(self, endpoint_id: str, *, tenant: str | None = None) -> Attempt:
         """Send a signed event of type `hookwright.test` now, once, and return what came of it.
@@ -390,15 +393,21 @@ class Endpoints:
         return self._shown(row)
 
     async def _replace(self, row: EndpointRow) -> EndpointRow:
-        """Check and store a row in which some texts are new and clear, and others as they were read."""
-        try:
-            new = self._vault.opened(row)
-        except SealBroken as error:
-            raise ConflictError(f"endpoint {row.id} was left as it is: {error}") from None
+        """Check and store a row in which some texts are new and clear, and others as they were read.
+
+        What cannot be opened stays as it is: an endpoint whose key is lost gets a new secret, then new headers.
+        """
+        new = self._vault.readable(row)
         self._check_profile(new)
         stored = await self._storage.update_endpoint(self._vault.sealed(new))
         self._changed()
         return stored
+
+    def _check_readable(self, row: EndpointRow) -> None:
+        try:
+            self._vault.opened(row)
+        except SealBroken as error:
+            raise ConflictError(f"endpoint {row.id} was left as it is (an overlap of 0 would help): {error}") from None
 
     def _shown(self, row: EndpointRow) -> Endpoint:
         try:
@@ -440,8 +449,9 @@ class Endpoints:
 
     def _check_profile(self, row: EndpointRow) -> None:
         profile = self._profile(row.profile)
-        for signer in profile.signers:
-            signer.check(Secret.text(row.keys[0].text))
+        if not looks_sealed(row.keys[0].text):
+            for signer in profile.signers:
+                signer.check(Secret.text(row.keys[0].text))
         if profile.client_certificate is not None and not row.url.startswith("https:"):
             raise ValidationFailed("url", f"must be https: the profile {row.profile!r} presents a client certificate")
         for name, _ in row.headers:
@@ -451,49 +461,3 @@ class Endpoints:
         is_number = isinstance(row.timeout, (int, float)) and not isinstance(row.timeout, bool)
         if row.timeout is not None and not (is_number and 0 < row.timeout <= longest):
             raise ValidationFailed("timeout", f"must be more than 0 and at most {longest:g} s, the lease less 10 s")
-
-
-def to_stats(attempts: Sequence[tuple[int, bool]]) -> EndpointStats:
-    """Return counts and percentiles of (duration, success)."""
-    durations = sorted(duration / SECOND for duration, _ in attempts)
-
-    def percentile(part: float) -> float | None:  # by nearest rank
-        return durations[max(0, math.ceil(len(durations) * part) - 1)] if durations else None
-
-    return EndpointStats(
-        attempts=len(attempts),
-        failures=sum(not succeeded for _, succeeded in attempts),
-        p50=percentile(0.5),
-        p95=percentile(0.95),
-        p99=percentile(0.99),
-        slowest=durations[-1] if durations else None,
-    )
-
-
-def to_endpoint(row: EndpointRow) -> Endpoint:
-    """Return what an application may see of a stored endpoint."""
-    return Endpoint(
-        id=row.id,
-        url=row.url,
-        events=row.events,
-        name=row.name,
-        description=row.description,
-        filters=dict(row.filters),
-        metadata=dict(row.metadata),
-        header_names=tuple(name for name, _ in row.headers),
-        tenant=row.tenant,
-        profile=row.profile,
-        concurrency=row.concurrency,
-        timeout=row.timeout,
-        rate_limit=row.rate_limit,
-        state=row.state,
-        disabled_reason=row.disabled_reason,
-        created_at=to_datetime(row.created_at),
-        updated_at=to_datetime(row.updated_at),
-        consecutive_failures=row.health.consecutive_failures,
-        failing_since=None if row.health.failing_since is None else to_datetime(row.health.failing_since),
-        last_delivery=None
-        if row.health.last_at is None
-        else LastDelivery(success=bool(row.health.last_success), at=to_datetime(row.health.last_at)),
-        secret_last4=row.keys[0].text[-4:] if row.keys else "",
-    )

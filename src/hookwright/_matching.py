@@ -71,6 +71,7 @@ class EndpointCache:
         self._vault = vault
         self._by_id: dict[str, CachedEndpoint] = {}
         self._by_pattern: defaultdict[str, dict[str, CachedEndpoint]] = defaultdict(dict)
+        self._broken: dict[str, str] = {}
         self._refreshing = asyncio.Lock()
         self.revision = -1
 
@@ -87,6 +88,7 @@ class EndpointCache:
 
     def _replace(self, row: EndpointRow) -> None:
         old = self._by_id.pop(row.id, None)
+        self._broken.pop(row.id, None)
         for pattern in old.row.events if old is not None else ():
             del self._by_pattern[pattern][row.id]
             if not self._by_pattern[pattern]:
@@ -97,6 +99,7 @@ class EndpointCache:
             row, broken = self._vault.opened(row), None
         except SealBroken as error:
             row, broken = replace(row, keys=(), headers=()), str(error)
+            self._broken[row.id] = broken
         filters = {key: typed(values) for key, values in row.filters.items()}
         secrets = tuple((Secret.text(key.text), key.expires_at) for key in row.keys)
         new = CachedEndpoint(row, filters, secrets, {}, [], [], broken)
@@ -107,6 +110,11 @@ class EndpointCache:
     def get(self, endpoint_id: str) -> CachedEndpoint | None:
         """Return it, or None when it does not exist (any more)."""
         return self._by_id.get(endpoint_id)
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """The endpoints whose secrets or headers cannot be opened, and why."""
+        return self._broken
 
     def all(self) -> list[CachedEndpoint]:
         """Return all that exist."""

@@ -71,6 +71,11 @@ class Preparer:
         self._endpoint_concurrency = endpoint_concurrency
         self._told: set[str] = set()
 
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """The endpoints whose secrets or headers cannot be opened, and why."""
+        return self._cache.broken
+
     def find(self, lease: Lease) -> Speaking | Unusable:
         """Return the lease's endpoint and profile."""
         endpoint = self._cache.get(lease.endpoint_id)

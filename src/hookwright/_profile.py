@@ -60,7 +60,10 @@ class Timeouts:
         if not all(isinstance(seconds, (int, float)) for seconds in (self.total, self.connect, self.dns)):
             raise ConfigurationError("Timeouts: total, connect and dns must be numbers of seconds")
         if not (0 < self.connect <= self.total and 0 < self.dns <= self.total):
-            raise ConfigurationError("Timeouts: dns and connect must be more than 0 seconds and at most total")
+            raise ConfigurationError(
+                f"Timeouts: dns ({self.dns:g}) and connect ({self.connect:g}) must be more than 0 seconds and at most"
+                f" total ({self.total:g})"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,11 +78,26 @@ def check_parts(profiles: object, network: object, transport: object, clock: obj
         "catalogue": (catalogue, Catalogue),
     }
     for name, (part, kind) in wanted.items():
+        if isinstance(part, type):
+            raise ConfigurationError(f"{name}: give an object, {part.__name__}(...), not the class")
         if part is not None and not isinstance(part, kind):
-            raise ConfigurationError(f"{name}: must be a {kind.__name__}, not {type(part).__name__}")
+            raise ConfigurationError(
+                f"{name}: must be a {kind.__name__}, not {type(part).__name__}{_lacks(part, kind)}"
+            )
     if isinstance(catalogue, Catalogue) and isinstance(profiles, Mapping):
         for profile in profiles.values():
             catalogue.check_envelope(getattr(profile, "envelope", None))
+
+
+def _lacks(part: object, kind: type) -> str:
+    missing = [name for name in ("send", "aclose") if kind is Transport and not hasattr(part, name)]
+    return f" (it has no {' and no '.join(missing)})" if missing else ""
+
+
+def network_of(network: NetworkPolicy | None, transport: Transport | None) -> NetworkPolicy:
+    """Return the policy: the one given, or the transport's own, or the default."""
+    own = transport.network if isinstance(transport, NetworkBound) else None
+    return network or own or NetworkPolicy()
 
 
 def vault_of(keys: Sequence[EncryptionKey] | None, storage: Storage) -> Vault:

@@ -158,7 +158,7 @@ class Vault:
         return self._first is not None
 
     def sealed(self, row: EndpointRow) -> EndpointRow:
-        """Return the row, whose texts are clear, as it is to be stored."""
+        """Return the row as it is to be stored; what is sealed already, and could not be opened, stays so."""
         if self._first is None:
             on_clear, self._on_clear = self._on_clear, None
             if on_clear is not None:
@@ -176,8 +176,20 @@ class Vault:
             return any(looks_sealed(text) for text in _texts(row))
         return not all(text.startswith(f"enc:1:{self._first}:") for text in _texts(row))
 
+    def readable(self, row: EndpointRow) -> EndpointRow:
+        """Return the row with those texts clear that can be opened."""
+        return _each(row, self._open_or_leave)
+
+    def _open_or_leave(self, endpoint_id: str, place: str, text: str) -> str:
+        try:
+            return self._open(endpoint_id, place, text)
+        except SealBroken:
+            return text
+
     def _seal(self, endpoint_id: str, place: str, text: str) -> str:
         assert self._first is not None
+        if looks_sealed(text):
+            return text
         nonce = os.urandom(_NONCE_BYTES)
         ciphertext = self._ciphers[self._first].encrypt(nonce, text.encode(), _bound_to(endpoint_id, place))
         return f"enc:1:{self._first}:{base64.b64encode(nonce + ciphertext).decode()}"

@@ -204,6 +204,57 @@ async def test_names_that_hang_leave_threads_to_names_never_asked_for_and_to_tho
     resolver.close()
 
 
+async def test_names_that_answered_once_and_then_hang_are_given_up(
+    lookups: Lookups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = threading.Event()
+
+    def lookup(host: str, port: int) -> list[str]:
+        lookups.asked.append(host)
+        if hanging.is_set() and host.startswith("bad"):
+            lookups.release.wait(30)
+        return ["192.0.2.1"]
+
+    time, resolver = Time(monkeypatch), SystemResolver(lookup)
+    names = [f"bad{number}.example" for number in range(30)]
+    for name in ("good.example", *names):
+        await resolver(name, 80)
+    hanging.set()
+    time.ahead = 61
+    await hang(resolver, names)
+    assert lookups.asked.count("good.example") == 1
+    time.ahead = 65  # beyond what a look-up may take
+    async with asyncio.timeout(5):
+        assert await resolver("good.example", 80) == ["192.0.2.1"]
+    resolver.close()
+
+
+async def test_a_name_that_was_not_asked_is_not_blamed(lookups: Lookups) -> None:
+    resolver = SystemResolver(lookups)
+    asking = [asyncio.create_task(hang(resolver, [f"hangs{number}.example"])) for number in range(12)]
+    await asyncio.sleep(0)
+    await hang(resolver, ["waits.example"])
+    await asyncio.gather(*asking)
+    assert "waits.example" not in lookups.asked
+    assert "waits.example" not in resolver._silent
+    resolver.close()
+
+
+async def test_a_system_without_threads_is_a_failure_and_no_end(
+    lookups: Lookups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = SystemResolver(lookups)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(OSError, match="no thread left"):
+            await resolver("a.example", 80)
+    assert await resolver("a.example", 80) == ["192.0.2.1"]
+    resolver.close()
+
+
 async def test_a_lookup_that_nobody_waits_for_any_more_is_not_begun(lookups: Lookups) -> None:
     resolver = SystemResolver(lookups)
     await hang(resolver, [f"hangs{number}.example" for number in range(40)])

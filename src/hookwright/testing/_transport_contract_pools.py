@@ -186,6 +186,13 @@ class PoolContract(ContractBase):
                     await _same(encounter, 1, endpoint_id=endpoint_id)
             assert encounter.receiver.connections == 3
 
+    async def test_a_connection_to_one_host_carries_nothing_for_another(self) -> None:
+        async with self.facing(good) as encounter, receiving(good) as elsewhere:
+            await encounter.succeeds()
+            answer = await encounter.send(url=elsewhere.url())
+            assert Said(200, b"good").accepts(answer), answer
+            assert (len(encounter.receiver.requests), len(elsewhere.requests)) == (1, 1)
+
     @pytest.mark.parametrize("connections", [1, 2, 5])
     async def test_an_endpoint_never_has_more_connections_than_it_may(self, connections: int) -> None:
         most = 0

@@ -60,7 +60,11 @@ class Response(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """No answer. `code` is one of the attempt error codes; `detail` says it in words, without the url or an address."""
+    """No answer. `detail` says why in words, without the url or an address: customers may be shown it.
+
+    `code` is `dns_error`, `connect_error`, `connect_timeout`, `tls_error`, `auth_error` (what would prove who we are
+    cannot be shown), `timeout`, `protocol_error`, `blocked_target` (the network policy) or `transport_error`.
+    """
 
     code: str
     detail: str = ""
@@ -68,7 +72,15 @@ class Failure(NamedTuple):
 
 @runtime_checkable
 class NetworkBound(Protocol):
-    """A transport that keeps to a network policy, and takes the dispatcher's when it was given none."""
+    """A transport that keeps to a network policy, and takes the dispatcher's when it was given none.
+
+    `network` is what it was given. A transport that wraps one of ours hands both on.
+    """
+
+    @property
+    def network(self) -> NetworkPolicy | None:
+        """The policy that it was given, or None."""
+        ...
 
     def keep_to(self, network: NetworkPolicy) -> None:
         """Keep to this one."""
@@ -77,7 +89,31 @@ class NetworkBound(Protocol):
 
 @runtime_checkable
 class Transport(Protocol):
-    """Sends one attempt. To change requests or responses, wrap one."""
+    """Sends one attempt. To change requests or responses, wrap one.
+
+    Whoever connects must see to what HttpxTransport and DirectTransport do: the address check (`NetworkPolicy.vet` and
+    `permits_port`, at every dial), the client certificate, the caps. `hookwright.testing.TransportContract` tries it
+    out. One that wraps ours gives it a `network=`, or hands on `keep_to` and `network` (see `NetworkBound`).
+
+    ```python
+    from hookwright import DirectTransport, Dispatcher, NetworkPolicy, Request
+
+
+    class Traced:
+        def __init__(self, inner):
+            self.inner = inner
+
+        async def send(self, request: Request):
+            return await self.inner.send(request._replace(headers=(*request.headers, ("x-trace", "1"))))
+
+        async def aclose(self):
+            await self.inner.aclose()
+
+
+    network = NetworkPolicy(allow=["10.20.0.0/16"])
+    dispatcher = Dispatcher("memory:", network=network, transport=Traced(DirectTransport(network=network)))
+    ```
+    """
 
     async def send(self, request: Request) -> Response | Failure:
         """Send `request` within its total timeout, DNS to last byte; never raise but on cancellation."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import select
+import ssl
 from typing import TYPE_CHECKING, Any
 
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Response
+from hookwright.transport._dial import tls_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,7 @@ _WIRE_MOST = 1024 * 1024
 
 _PIECE = 64 * 1024
 _INTERIM_COST = 64
+_FRAMING = frozenset([b"content-length", b"transfer-encoding"])
 _BODILESS = frozenset([204, 304])  # RFC 9112, 6.3
 
 
@@ -57,6 +60,7 @@ class Connection(asyncio.BufferedProtocol):
         "_unsent",
         "_view",
         "_waiter",
+        "beneath",
         "has_received",
         "is_reusable",
         "transport",
@@ -71,6 +75,7 @@ class Connection(asyncio.BufferedProtocol):
         self._poll: select.poll | None = None
         self._waiter: asyncio.Future[Response | Failure] | None = None
         self._posts = 0
+        self.beneath: asyncio.Transport | None = None
         self._unsent: bytes | memoryview = b""
         self._is_paused = False
         self.has_received = False
@@ -137,7 +142,10 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _is_sent(self) -> bool:
-        return not self._unsent and not self.transport.get_write_buffer_size()
+        waiting = self.transport.get_write_buffer_size()
+        if self.beneath is not None:
+            waiting += self.beneath.get_write_buffer_size()
+        return not self._unsent and not waiting
 
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
@@ -181,6 +189,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> None:
         """See asyncio.BaseProtocol."""
+        self.has_received = True  # nothing may follow the end
         self._end_of_connection(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -201,6 +210,8 @@ class Connection(asyncio.BufferedProtocol):
             self._resolve(waiter, reusable=False)
         elif not self._received and self._posts > 1:
             waiter.set_exception(Stale())
+        elif isinstance(error, ssl.SSLError):  # TLS 1.3 refuses a client's certificate after the handshake
+            self._finish(Failure("tls_error", tls_words(error)))
         elif error is not None:
             self._finish(Failure("connect_error", "the connection broke"))
         else:
@@ -223,6 +234,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._status:
             self._resolve(self._waiter, reusable=False)
         else:
+            self.is_reusable = False
             self._waiter.set_result(failure)
 
     def _resolve(self, waiter: asyncio.Future[Response | Failure], *, reusable: bool) -> None:
@@ -259,6 +271,9 @@ class Connection(asyncio.BufferedProtocol):
         status: int = self._parser.get_status_code()
         if 100 <= status < 200 and status != 101:
             self._is_interim = True
+            if any(name.lower() in _FRAMING for name, _ in self._headers):  # RFC 9110, 8.6: there is no body
+                self._refused = "an interim answer has a body"
+                raise _Stop
             self._headers.clear()
             self._interim_size += self._head_size + _INTERIM_COST
             if self._interim_size > RESPONSE_HEADERS:
@@ -274,7 +289,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._refused:
             raise _Stop
         self._status = status
-        self.is_reusable = self._parser.should_keep_alive()
+        self.is_reusable = self.is_reusable and self._parser.should_keep_alive()
 
     def _check_framing(self, status: int) -> None:
         lengths = codings = 0
@@ -286,6 +301,10 @@ class Connection(asyncio.BufferedProtocol):
                     codings += 1 if value.strip().lower() == b"chunked" else 2
         if lengths + codings > 1:
             self._refused = "the answer's framing is ambiguous (Content-Length, Transfer-Encoding)"
+        # A body where none may be, or a coding that HTTP/1.0 does not know, may come late and be taken for an answer.
+        framed = lengths + codings
+        odd = (status in _BODILESS and framed) or (codings and self._parser.get_http_version() == "1.0")
+        self.is_reusable = not odd
         self._ends_with_connection = not lengths and not codings and status not in _BODILESS
 
     def on_body(self, body: bytes) -> None:

@@ -80,6 +80,7 @@ class Dialled(Protocol):
     """A protocol whose transport may be exchanged for a secure one."""
 
     transport: asyncio.Transport
+    beneath: asyncio.Transport | None
 
     @property
     def has_received(self) -> bool:
@@ -109,13 +110,23 @@ class Reached(NamedTuple):
 class Dialler:
     """Connects to what the policy permits."""
 
-    def __init__(self, policy: NetworkPolicy, resolver: Resolver) -> None:
-        self._policy = policy
+    def __init__(self, network: NetworkPolicy | None, resolver: Resolver) -> None:
+        self.network = network
+        self._policy = own_network(network)
+        self._kept: NetworkPolicy | None = None
         self._resolver = resolver
 
-    def keep_to(self, policy: NetworkPolicy) -> None:
-        """Judge by another policy from now on."""
-        self._policy = policy
+    def keep_to(self, network: NetworkPolicy) -> None:
+        """Judge by a dispatcher's policy, where none was given. Raises ConfigurationError for a second, other one."""
+        if self.network is not None:
+            return
+        policy = own_network(network)
+        if self._kept not in {None, policy}:
+            raise ConfigurationError(
+                "transport: it keeps to another dispatcher's network already: give it a network= of its own, or make"
+                " one for each dispatcher"
+            )
+        self._kept = self._policy = policy
 
     def check_scheme(self, scheme: str) -> None:
         """Raise BlockedTarget for plain http, unless it is allowed: the endpoint may be older than the policy."""
@@ -185,14 +196,16 @@ class Dialler:
                 done, dialling = await asyncio.wait(
                     dialling, timeout=NEXT_ADDRESS if waiting else None, return_when=asyncio.FIRST_COMPLETED
                 )
+                reached = [task.result() for task in done if task.exception() is None]
+                for surplus in reached[1:]:
+                    surplus.close()
+                if reached:
+                    return reached[0]
                 for task in done:
                     error = task.exception()
-                    if error is None:
-                        for other in done - {task}:
-                            _close(other)
-                        return task.result()
-                    if not isinstance(error, DialFailed):
-                        raise error
+                    if not isinstance(error, DialFailed) or isinstance(error, BlockedTarget):
+                        assert error is not None
+                        raise error  # one refused address refuses the name
                     failure = error
             raise failure
         finally:
@@ -255,7 +268,7 @@ async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, until: float
         plain.abort()
         raise _handshake_error(error) from None
     assert transport is not None
-    protocol.transport = transport
+    protocol.transport, protocol.beneath = transport, plain
 
 
 def _handshake_error(error: BaseException) -> BaseException:
@@ -263,14 +276,14 @@ def _handshake_error(error: BaseException) -> BaseException:
         case TimeoutError():
             return ConnectTimedOut("no TLS handshake in time")
         case ssl.SSLError():
-            return TLSFailed(_tls_words(error))
+            return TLSFailed(tls_words(error))
         case OSError():
             return DialFailed("the connection broke during the TLS handshake")
         case _:
             return error
 
 
-def _tls_words(error: ssl.SSLError) -> str:
+def tls_words(error: ssl.SSLError) -> str:
     """OpenSSL's own words, without the host that its text for a mismatch repeats."""
     if isinstance(error, ssl.SSLCertVerificationError):
         if "match" in error.verify_message:

@@ -47,6 +47,7 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self._until = until
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport
+        self.beneath: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._received = 0
         self._head_left: int | None = None
@@ -190,7 +191,7 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
 
     def __init__(
         self,
-        policy: NetworkPolicy,
+        network: NetworkPolicy | None = None,
         *,
         ssl_context: ssl.SSLContext | None = None,
         resolver: Resolver | None = None,
@@ -199,14 +200,14 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
     ) -> None:
         self._contexts = TLSContexts(ssl_context)
         self._own_resolver = SystemResolver() if resolver is None else None
-        self._dialler = Dialler(policy, resolver or self._own_resolver)  # type: ignore[arg-type]  # one of them is there
+        self._dialler = Dialler(network, resolver or self._own_resolver)  # type: ignore[arg-type]  # one of them is there
         self._pools: Pools[httpcore2.AsyncConnectionPool] = Pools(self._close, idle=pool_idle, most=pools_most)
         self._pool_idle = pool_idle
         self._closing: set[asyncio.Task[None]] = set()
 
-    def keep_to(self, policy: NetworkPolicy) -> None:
-        """Judge by another policy from now on."""
-        self._dialler.keep_to(policy)
+    def keep_to(self, network: NetworkPolicy) -> None:
+        """Judge by a dispatcher's policy, where none was given."""
+        self._dialler.keep_to(network)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send over the endpoint's own pool. Raises DialFailed and httpcore2's exceptions."""
@@ -218,7 +219,7 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
             context = await self._contexts.get(ours.client_certificate)
         elif ours.client_certificate is not None:
             raise AuthFailed("a client certificate needs https")
-        pool = self._pools.enter(key_of(ours), lambda: self._new_pool(ours, context))
+        pool = self._pools.enter(key_of(ours, f"{url.scheme}://{url.netloc!r}"), lambda: self._new_pool(ours, context))
         try:
             answer = await pool.connections.handle_async_request(
                 httpcore2.Request(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hookwright._certificate import ClientCertificate
     from hookwright.transport._base import Request
 
 T = TypeVar("T")
@@ -23,11 +24,16 @@ POOLS_MOST = 1000
 
 
 class PoolKey(NamedTuple):
-    """Whose connections they are, and how many there may be."""
+    """Whose connections they are, how many there may be, where to, and who we say we are.
+
+    Where to: whoever wraps a transport may send an endpoint's requests to another host.
+    """
 
     endpoint_id: str
     revision: int
     connections: int
+    origin: str
+    client_certificate: ClientCertificate | None
 
 
 class Pool(Generic[T]):
@@ -51,9 +57,15 @@ class Pools(Generic[T]):
         self._most = most
         self._pools: dict[str, Pool[T]] = {}  # least recently used first
         self._sweep: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def enter(self, key: PoolKey, make: Callable[[], T]) -> Pool[T]:
         """Return the endpoint's pool, and keep it open until `leave`. Nothing here awaits."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            # Connections and timers of a loop that has ended are dead, and cannot be closed from here.
+            self._loop, self._sweep = loop, None
+            self._pools.clear()
         pool = self._pools.pop(key.endpoint_id, None)
         if pool is not None and pool.key != key:
             if pool.users == 0:
@@ -62,11 +74,10 @@ class Pools(Generic[T]):
         if pool is None:
             pool = Pool(key, make())
             if self._sweep is None:
-                self._sweep = asyncio.get_running_loop().call_later(self._idle, self._close_idle)
+                self._sweep = loop.call_later(self._idle, self._close_idle)
         pool.users += 1
         self._pools[key.endpoint_id] = pool
-        if len(self._pools) > self._most:
-            self._close_surplus()
+        self._close_surplus()
         return pool
 
     def leave(self, pool: Pool[T]) -> None:
@@ -75,6 +86,7 @@ class Pools(Generic[T]):
         pool.last_used = asyncio.get_running_loop().time()
         if pool.users == 0 and self._pools.get(pool.key.endpoint_id) is not pool:
             self._close(pool.connections)
+        self._close_surplus()
 
     def is_current(self, pool: Pool[T]) -> bool:
         """Whether its connections may be used again: the endpoint has not changed meanwhile."""
@@ -99,15 +111,17 @@ class Pools(Generic[T]):
             self._sweep = asyncio.get_running_loop().call_later(self._idle / 4, self._close_idle)
 
     def _close_surplus(self) -> None:
-        pool = next((pool for pool in self._pools.values() if pool.users == 0), None)
-        if pool is not None:
-            self._retire(pool)
+        surplus = len(self._pools) - self._most
+        if surplus > 0:
+            idle = [pool for pool in self._pools.values() if pool.users == 0]
+            for pool in idle[:surplus]:
+                self._retire(pool)
 
     def _retire(self, pool: Pool[T]) -> None:
         del self._pools[pool.key.endpoint_id]
         self._close(pool.connections)
 
 
-def key_of(request: Request) -> PoolKey:
-    """Return whose connections a request uses."""
-    return PoolKey(request.endpoint_id, request.revision, request.connections)
+def key_of(request: Request, origin: str) -> PoolKey:
+    """Return whose connections a request uses; `origin` is scheme, host and port (RFC 6454)."""
+    return PoolKey(request.endpoint_id, request.revision, request.connections, origin, request.client_certificate)

@@ -34,7 +34,8 @@ ANSWERS_MOST = 10_000
 class Resolver(Protocol):
     """Returns the addresses of a host, in the order in which to try them. Raises OSError when there are none.
 
-    Called at every dial, under `Timeouts.dns`: an implementation may cache. It need not judge addresses.
+    An async function `(host, port) -> ["192.0.2.1", ...]` is one. Awaited at every dial, under `Timeouts.dns`: an
+    implementation may cache. It need not judge addresses.
     """
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
@@ -54,6 +55,12 @@ class _Standing(IntEnum):
 # never wait for them. Names never asked before may be as bad: together with the silent ones they hold three quarters.
 _THREADS = {_Standing.SILENT: 8, _Standing.UNKNOWN: 12, _Standing.ANSWERED: 16}
 
+_OVERDUE = 3.0
+"""Seconds after which a look-up's thread is given up and counts no more: names may answer once, and then hang."""
+
+_THREADS_MOST = {_Standing.SILENT: 40, _Standing.UNKNOWN: 48, _Standing.ANSWERED: 64}
+"""Threads at most, those that were given up included."""
+
 
 class _Answer(NamedTuple):
     addresses: Sequence[str]
@@ -63,13 +70,15 @@ class _Answer(NamedTuple):
 class _Job:
     """One look-up of a name, and how many wait for it."""
 
-    __slots__ = ("found", "host", "port", "waiting")
+    __slots__ = ("found", "host", "is_overdue", "overdue", "port", "waiting")
 
     def __init__(self, host: str, port: int, found: asyncio.Future[Sequence[str]]) -> None:
         self.host = host
         self.port = port
         self.found = found
         self.waiting = 0
+        self.is_overdue = False
+        self.overdue: asyncio.TimerHandle | None = None
 
 
 class SystemResolver:
@@ -125,7 +134,8 @@ class SystemResolver:
             # Shielded: one caller's deadline is not the others'.
             return await asyncio.shield(job.found)
         except asyncio.CancelledError:
-            _remember(self._silent, job.host, None)
+            if job in self._running:  # one that waits for a thread has not been asked
+                _remember(self._silent, job.host, None)
             raise
         finally:
             job.waiting -= 1
@@ -155,22 +165,38 @@ class SystemResolver:
 
     def _begin(self) -> None:
         """Give look-ups to threads, those of the highest standing first."""
-        running = [self._standing(job.host) for job in self._running]
         for standing in reversed(_Standing):
             waiting = self._waiting[standing]
-            while waiting and self._has_room(standing, running):
+            while waiting and self._has_room(standing):
                 job = waiting.popleft()
-                self._running.add(job)
-                running.append(standing)
-                if self._threads < len(running):
-                    self._threads += 1
-                    threading.Thread(
-                        target=self._work, args=(self._queue,), name="hookwright-resolver", daemon=True
-                    ).start()
-                self._queue.put(job)
+                if not self._start(job):
+                    self._end(job, OSError("no thread left for a look-up"))
+                    return
 
-    def _has_room(self, standing: _Standing, running: list[_Standing]) -> bool:
+    def _start(self, job: _Job) -> bool:
+        assert self._loop is not None
+        if self._threads <= len(self._running):
+            work = (self._queue,)
+            try:
+                threading.Thread(target=self._work, args=work, name="hookwright-resolver", daemon=True).start()
+            except RuntimeError:  # the system has no thread left
+                return False
+            self._threads += 1
+        self._running.add(job)
+        job.overdue = self._loop.call_later(_OVERDUE, self._give_up, job)
+        self._queue.put(job)
+        return True
+
+    def _give_up(self, job: _Job) -> None:
+        job.is_overdue = True
+        _remember(self._silent, job.host, None)
+        self._begin()
+
+    def _has_room(self, standing: _Standing) -> bool:
         # A name of low standing needs room in its own share and in every wider one.
+        if len(self._running) >= _THREADS_MOST[standing]:
+            return False
+        running = [self._standing(job.host) for job in self._running if not job.is_overdue]
         return all(
             sum(other <= wider for other in running) < _THREADS[wider] for wider in _Standing if wider >= standing
         )
@@ -179,6 +205,8 @@ class SystemResolver:
         if self._loop is not job.found.get_loop():
             return  # closed meanwhile, or used in another loop by now
         self._running.discard(job)
+        if job.overdue is not None:
+            job.overdue.cancel()
         if self._jobs.get(job.host) is job:
             del self._jobs[job.host]
         if isinstance(outcome, OSError):

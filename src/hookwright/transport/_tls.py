@@ -30,12 +30,16 @@ class TLSContexts:
         ready = self._ready.get(certificate)
         if ready is not None:
             return ready
+        loop = asyncio.get_running_loop()
         coming = self._coming.get(certificate)
-        if coming is None:
-            loop = asyncio.get_running_loop()
+        if coming is None or coming.get_loop() is not loop:
             coming = self._coming[certificate] = loop.create_future()
             arguments = (loop, coming, self._given, certificate)
-            threading.Thread(target=_build, args=arguments, name="hookwright-tls", daemon=True).start()
+            try:
+                threading.Thread(target=_build, args=arguments, name="hookwright-tls", daemon=True).start()
+            except RuntimeError:  # the system has no thread left
+                del self._coming[certificate]
+                raise TLSFailed("no TLS context (no thread left)") from None
         try:
             # Shielded: one attempt's deadline is not the others'.
             context = self._ready[certificate] = await asyncio.shield(coming)
@@ -52,16 +56,17 @@ def _build(
     certificate: ClientCertificate | None,
 ) -> None:
     outcome: ssl.SSLContext | DialFailed
+    # Whatever is raised here is raised again in the loop: a thread that ends silently would be waited for.
     try:
         # trust_env=False: the environment is the host application's, and SSL_CERT_FILE may be meant for something else.
         outcome = httpx2.create_ssl_context(trust_env=False) if given is None else _like(given)
-    except OSError as error:  # no certificates, or files that cannot be read
+    except Exception as error:  # noqa: BLE001  # no certificates, files that cannot be read, a context of another kind
         outcome = TLSFailed(f"no TLS context ({type(error).__name__})")
     else:
         try:
             if certificate is not None:
                 certificate.load_into(outcome)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # OpenSSL's errors, or the file system's
             outcome = AuthFailed(f"the client certificate cannot be used ({type(error).__name__})")
     try:
         loop.call_soon_threadsafe(_finish, coming, outcome)
@@ -70,11 +75,18 @@ def _build(
 
 
 def _like(given: ssl.SSLContext) -> ssl.SSLContext:
-    """Return a context that trusts whom `given` trusts: a client certificate must not be added to somebody's own."""
+    """Return a context that trusts whom `given` trusts: a client certificate must not be added to somebody's own.
+
+    Its certificates, checks, versions and ciphers are copied; what cannot be read of a context (a capath, ALPN) is not.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # it forbids the other settings until they are all there
     for name in sorted(_COPIED, key="check_hostname".__eq__):
         setattr(context, name, getattr(given, name))
+    # TLS 1.3's own are not among what set_ciphers takes; they are always on.
+    names = [str(cipher["name"]) for cipher in given.get_ciphers() if not str(cipher["name"]).startswith("TLS_")]
+    if names:
+        context.set_ciphers(":".join(names))
     trusted = given.get_ca_certs(binary_form=True)
     if trusted:
         context.load_verify_locations(cadata=b"".join(trusted))

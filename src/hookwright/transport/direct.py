@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from hookwright._errors import ConfigurationError
 from hookwright.transport._base import Failure, Request, Response
 from hookwright.transport._connection import BUFFER, Connection, Stale
-from hookwright.transport._dial import AuthFailed, DialFailed, Dialler, Target, attach, own_network, secure
+from hookwright.transport._dial import AuthFailed, DialFailed, Dialler, Target, attach, secure
 from hookwright.transport._pools import POOL_IDLE, POOLS_MOST, Pools, key_of
 from hookwright.transport._resolver import SystemResolver
 from hookwright.transport._tls import TLSContexts
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _WAYS_KEPT = 4096
 _OURS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
 _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\r\n]")
+_NAMES_KEPT = 1000
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STORED_URL = re.compile(r"[a-z]+://[^/?#@\\]+([/?][^#\\]*)?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -37,6 +39,7 @@ class _Way(NamedTuple):
     scheme: str
     host: str
     port: int
+    origin: str
     begin: str
 
     def __repr__(self) -> str:
@@ -46,9 +49,10 @@ class _Way(NamedTuple):
 class _Connections:
     """An endpoint's connections: those in use, those that wait to be used again, and who waits for one."""
 
-    __slots__ = ("dialling", "idle", "open", "waiting")
+    __slots__ = ("dialling", "idle", "is_closed", "open", "waiting")
 
     def __init__(self) -> None:
+        self.is_closed = False
         self.open: set[Connection] = set()
         self.idle: list[Connection] = []
         self.dialling = 0
@@ -62,6 +66,20 @@ class _Connections:
                 return connection
             self.discard(connection)
         return None
+
+    def discard_idle(self) -> None:
+        """Close those that wait to be used again."""
+        while self.idle:
+            self.discard(self.idle.pop())
+
+    def close(self) -> None:
+        """Close all, and whatever is being dialled as soon as it is there."""
+        self.is_closed = True
+        for connection in self.open:
+            connection.abort()
+        for waiter in self.waiting:
+            if not waiter.done():
+                waiter.set_exception(DialFailed("the transport was closed"))
 
     def keep(self, connection: Connection) -> None:
         """Keep it for the next request."""
@@ -81,11 +99,6 @@ class _Connections:
             if not waiter.done():
                 waiter.set_result(None)
                 return
-
-
-def _close(connections: _Connections) -> None:
-    for connection in connections.open:
-        connection.abort()
 
 
 class DirectTransport:
@@ -115,27 +128,37 @@ class DirectTransport:
         pools_most: int = POOLS_MOST,
     ) -> None:
         self._make_parser = _parser_class()
-        self._has_network = network is not None
         self._own_resolver = SystemResolver() if resolver is None else None
-        self._dialler = Dialler(own_network(network), resolver or self._own_resolver)  # type: ignore[arg-type]  # one is there
+        self._dialler = Dialler(network, resolver or self._own_resolver)  # type: ignore[arg-type]  # one is there
         self._contexts = TLSContexts(ssl_context)
-        self._pools: Pools[_Connections] = Pools(_close, idle=pool_idle, most=pools_most)
+        self._pools: Pools[_Connections] = Pools(_Connections.close, idle=pool_idle, most=pools_most)
         self._ways: dict[str, _Way] = {}
         self._buffer = bytearray(BUFFER)
+        self._names: set[str] = set()
+        self._is_closed = False
+
+    @property
+    def network(self) -> NetworkPolicy | None:
+        """The policy that was given to this transport itself."""
+        return self._dialler.network
 
     def keep_to(self, network: NetworkPolicy) -> None:
-        """Keep to a dispatcher's network policy, unless one was given to this transport itself."""
-        if not self._has_network:
-            self._dialler.keep_to(own_network(network))
+        """Keep to a dispatcher's network policy, unless one was given to this transport itself.
+
+        Raises ConfigurationError when another dispatcher's is kept to already.
+        """
+        self._dialler.keep_to(network)
 
     async def send(self, request: Request) -> Response | Failure:
         """Send one attempt; see `Transport.send`. Raises nothing but an outer cancellation."""
         until = asyncio.get_running_loop().time() + request.total_timeout
         try:
             way = self._ways.get(request.url) or self._take_apart(request.url)
-            message = _compose(way, request)
+            message = self._compose(way, request)
+            if self._is_closed:
+                return Failure("transport_error", "the transport is closed")
             self._dialler.check_scheme(way.scheme)
-            pool = self._pools.enter(key_of(request), _Connections)
+            pool = self._pools.enter(key_of(request, way.origin), _Connections)
             try:
                 return await self._exchange(pool, way, request, message, until)
             finally:
@@ -149,6 +172,7 @@ class DirectTransport:
 
     async def aclose(self) -> None:
         """Close every connection; attempts in flight end as failures."""
+        self._is_closed = True
         self._pools.close()
         if self._own_resolver is not None:
             self._own_resolver.close()
@@ -156,13 +180,18 @@ class DirectTransport:
     async def _exchange(
         self, pool: Pool[_Connections], way: _Way, request: Request, message: bytes, until: float
     ) -> Response | Failure:
-        connections = pool.connections
+        connections, is_again = pool.connections, False
         while True:
             connection = connections.take_idle() or await self._open(connections, way, request, until)
             try:
                 answer = await connection.post(message, until)
             except Stale:
                 connections.discard(connection)
+                if is_again:
+                    return Failure("connect_error", "the connection broke")
+                # Those that were kept with it are as old: the request goes out once more, on a new one.
+                is_again = True
+                connections.discard_idle()
                 continue
             except BaseException:
                 connections.discard(connection)
@@ -196,6 +225,9 @@ class DirectTransport:
                 raise
             finally:
                 connections.dialling -= 1
+            if connections.is_closed:
+                connection.abort()
+                raise DialFailed("the transport was closed")
             connections.open.add(connection)
             return connection
 
@@ -212,6 +244,28 @@ class DirectTransport:
             await secure(connection, context, way.host, reached.until)
         return connection
 
+    def _compose(self, way: _Way, request: Request) -> bytes:
+        lines = [f"{way.begin}{len(request.body)}\r\n"]
+        for name, value in request.headers:
+            if name not in self._names:
+                if name.lower() in _OURS:
+                    continue
+                self._check_name(name)
+            lines.append(f"{name}: {value}\r\n")
+        lines.append("\r\n")
+        head = "".join(lines)
+        # Whoever can put a line end into a header writes requests of his own. Four lines of the head are ours.
+        if head.count("\n") != len(lines) + 3 or head.count("\r") != len(lines) + 3 or _UNSENDABLE.search(head):
+            raise _Unsendable("a header holds a line end, or what is not printable ASCII")
+        return head.encode("ascii") + request.body
+
+    def _check_name(self, name: str) -> None:
+        if not _TOKEN.fullmatch(name):
+            raise _Unsendable("a header's name is none (RFC 9110, 5.6.2)")
+        if len(self._names) >= _NAMES_KEPT:
+            self._names.clear()
+        self._names.add(name)
+
     def _take_apart(self, url: str) -> _Way:
         # urlsplit drops line ends and tabs without a word, and keeps a user and password in the Host header.
         if not _STORED_URL.fullmatch(url) or not url.isascii() or not url.isprintable() or " " in url:
@@ -221,24 +275,15 @@ class DirectTransport:
         path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
         if len(self._ways) >= _WAYS_KEPT:
             self._ways.clear()
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
         way = self._ways[url] = _Way(
             parts.scheme,
             host,
-            parts.port or _DEFAULT_PORTS.get(parts.scheme, 0),
+            port,
+            f"{parts.scheme}://{host}:{port}",
             f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept-Encoding: identity\r\nContent-Length: ",
         )
         return way
-
-
-def _compose(way: _Way, request: Request) -> bytes:
-    lines = [f"{way.begin}{len(request.body)}\r\n"]
-    lines.extend([f"{name}: {value}\r\n" for name, value in request.headers if name.lower() not in _OURS])
-    lines.append("\r\n")
-    head = "".join(lines)
-    # Whoever can put a line end into a header writes requests of his own. Four lines of the head are ours.
-    if head.count("\n") != len(lines) + 3 or head.count("\r") != len(lines) + 3 or _UNSENDABLE.search(head):
-        raise _Unsendable("a header holds a line end, or what is not printable ASCII")
-    return head.encode("ascii") + request.body
 
 
 class _Unsendable(DialFailed):

@@ -17,7 +17,7 @@ import httpx2
 
 from hookwright._errors import ConfigurationError
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Request, Response
-from hookwright.transport._dial import DialFailed, own_network
+from hookwright.transport._dial import DialFailed
 from hookwright.transport._discreet import attempting, be_discreet
 from hookwright.transport._pinned import PinnedTransport
 
@@ -59,22 +59,31 @@ class HttpxTransport:
     ) -> None:
         if inner is not None and (network is None or not network.is_delegated):
             raise ConfigurationError(
-                "inner: addresses are then not checked by us: say so with network=NetworkPolicy.delegated()"
+                "inner: addresses are then not checked by us: say so with HttpxTransport(inner,"
+                " network=NetworkPolicy.delegated())"
             )
         if inner is not None and not (ssl_context is None and resolver is None):
             raise ConfigurationError("ssl_context and resolver are for our own inner transport: leave them out")
         self._own: PinnedTransport | None = None
         if inner is None:
-            inner = self._own = PinnedTransport(own_network(network), ssl_context=ssl_context, resolver=resolver)
+            inner = self._own = PinnedTransport(network, ssl_context=ssl_context, resolver=resolver)
         self._inner = inner
         be_discreet()
-        self._has_network = network is not None
+        self._network = network
         self._urls: dict[str, httpx2.URL] = {}
 
+    @property
+    def network(self) -> NetworkPolicy | None:
+        """The policy that was given to this transport itself."""
+        return self._network
+
     def keep_to(self, network: NetworkPolicy) -> None:
-        """Keep to a dispatcher's network policy, unless one was given to this transport itself."""
-        if self._own is not None and not self._has_network:
-            self._own.keep_to(own_network(network))
+        """Keep to a dispatcher's network policy, unless one was given to this transport itself.
+
+        Raises ConfigurationError when another dispatcher's is kept to already.
+        """
+        if self._own is not None:
+            self._own.keep_to(network)
 
     async def send(self, request: Request) -> Response | Failure:
         """Send one attempt; see `Transport.send`. Raises nothing but an outer cancellation."""
