@@ -160,6 +160,7 @@ async def test_httpx2s_own_transport_sends_over_sockets() -> None:
         (httpx2.ConnectTimeout("x"), "connect_timeout"),
         (httpx2.ReadTimeout("x"), "timeout"),
         (httpx2.ConnectError("x"), "connect_error"),
+        (httpx2.ProxyError("403 Forbidden"), "connect_error"),
         (httpx2.RemoteProtocolError("x"), "protocol_error"),
         (httpx2.ReadError("x"), "connect_error"),
         (RuntimeError("x"), "transport_error"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import socket
 import ssl
 from contextlib import asynccontextmanager
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hookwright._certificate import ClientCertificate
 from hookwright.testing._transport_contract_base import (
     GOOD,
     HOST,
     ContractBase,
+    authority,
     good,
     row,
     serving,
@@ -130,6 +133,13 @@ async def _full() -> AsyncIterator[int]:
             each.close()
 
 
+@functools.cache
+def _sender() -> ClientCertificate:
+    issued = authority().issue_cert("sender@hooks.example")
+    chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+    return ClientCertificate(chain.decode(), issued.private_key_pem.bytes().decode())
+
+
 class TLSContract(ContractBase):
     """A connection is made in time and to whom it is meant for, or not at all."""
 
@@ -177,6 +187,27 @@ class TLSContract(ContractBase):
             for _ in range(2):
                 await encounter.succeeds()
             assert names == [HOST]
+
+    @SCHEMES
+    async def test_a_client_certificate_is_shown_or_nothing_is_sent(self, scheme: str) -> None:
+        shown: list[object] = []
+
+        async def asks(peer: Peer) -> None:
+            shown.append(peer.writer.get_extra_info("peercert"))
+            await good(peer)
+
+        context = serving(HOST, common_name="asks")
+        authority().configure_trust(context)
+        context.verify_mode = ssl.CERT_OPTIONAL
+        async with self.facing(asks, scheme, context=context if scheme == "https" else None) as encounter:
+            await encounter.succeeds()  # a connection is kept on which nothing was shown
+            answer = await encounter.send(client_certificate=_sender())
+            if isinstance(answer, Failure):
+                assert answer.code == "auth_error", answer
+                assert len(encounter.receiver.requests) == 1
+            else:
+                assert scheme == "https", "it was sent without"
+                assert [bool(certificate) for certificate in shown] == [False, True]
 
     @SCHEMES
     async def test_a_receiver_that_never_completes_the_connection_is_a_connect_timeout(self, scheme: str) -> None:

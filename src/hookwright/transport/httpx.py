@@ -188,6 +188,7 @@ class _Answer:
 
 # In order: a subclass before its base. An empty detail is the exception's own words.
 _CODES: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str, str], ...] = (
+    ((httpcore2.ProxyError, httpx2.ProxyError), "connect_error", "the proxy refused, or could not connect"),
     ((httpcore2.ConnectTimeout, httpx2.ConnectTimeout), "connect_timeout", "no connection in time"),
     ((httpcore2.TimeoutException, httpx2.TimeoutException), "timeout", "no answer in time"),
     ((httpcore2.ConnectError, httpx2.ConnectError), "connect_error", "no connection: refused, reset or unreachable"),
