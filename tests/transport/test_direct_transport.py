@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
+import threading
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +100,84 @@ async def test_closing_ends_those_who_wait_for_a_connection_too() -> None:
         assert {type(answer) for answer in await asyncio.gather(*sent)} == {Failure}
         assert code(await transport.send(request(receiver.url()))) == "transport_error"
         assert receiver.connections == 1
+
+
+async def test_closing_ends_what_is_being_dialled() -> None:
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(host: str, port: int) -> list[str]:
+        asked.set()
+        await may_answer.wait()
+        return ["127.0.0.1"]
+
+    async with receiving(good) as receiver:
+        transport = DirectTransport(network=OPEN, resolver=slow)
+        sent = asyncio.create_task(transport.send(request(receiver.url())))
+        await asked.wait()
+        await transport.aclose()
+        may_answer.set()
+        assert isinstance(await sent, Failure)
+        await receiver.saw_all_close()
+        assert receiver.requests == []
+
+
+class Forger(threading.Thread):
+    """A receiver in a thread: it answers, and when it is told to it sends another answer that nobody asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/"
+        self.forge = threading.Event()
+
+    def run(self) -> None:
+        first, _ = self.listening.accept()
+        with first:
+            first.recv(65536)
+            first.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            self.forge.wait(10)
+            first.sendall(b"HTTP/1.1 202 Forged\r\ncontent-length: 0\r\n\r\n")
+            second, _ = self.listening.accept()
+            with second:
+                second.recv(65536)
+                second.sendall(b"HTTP/1.1 201 True\r\ncontent-length: 0\r\n\r\n")
+
+
+async def test_what_the_kernel_holds_before_a_request_is_no_answer_to_it() -> None:
+    receiver = Forger()
+    receiver.start()
+    async with transporting() as transport:
+        assert status(await transport.send(request(receiver.url))) == 200
+        [pool] = transport._pools._pools.values()
+        [kept] = pool.connections.idle
+        receiver.forge.set()
+        # The loop does not run meanwhile: it cannot have seen what is there.
+        assert select.select([kept.transport.get_extra_info("socket").fileno()], [], [], 10)[0]
+        assert status(await transport.send(request(receiver.url))) == 201
+    receiver.join(10)
+    receiver.listening.close()
+
+
+async def test_a_body_is_not_read_beyond_the_cap_to_keep_its_connection() -> None:
+    long = b"HTTP/1.1 200 OK\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000
+    async with receiving(answers(long)) as receiver, transporting() as transport:
+        for _ in range(2):
+            answer = await transport.send(request(receiver.url()))
+            assert isinstance(answer, Response)
+            assert (len(answer.body), answer.truncated) == (16 * 1024, True)
+        assert receiver.connections == 2
+
+
+async def test_endless_interim_answers_are_not_listened_to_until_the_deadline() -> None:
+    async def pours(peer: Peer) -> None:
+        await peer.request()
+        while True:
+            await peer.say(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 2000)
+
+    async with receiving(pours) as receiver, transporting() as transport:
+        begin = time.thread_time()
+        assert code(await transport.send(request(receiver.url(), total_timeout=1.0))) == "timeout"
+        assert time.thread_time() - begin < 0.5  # of the processor; listening takes all of the second
 
 
 @pytest.mark.parametrize("name", ["Content-Length ", "Transfer-Encoding\t", "A: b", "", "a\r\nb", "a b", "ä"])
