@@ -79,7 +79,9 @@ def headers_of(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]
         if is_reserved(name):
             raise ValidationFailed("headers", f"{name} is set by hookwright or belongs to the connection: leave it out")
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
-            raise ValidationFailed("headers", f"the value of {name} must be printable ASCII without line breaks")
+            raise ValidationFailed(
+                "headers", f"the value of {name} must be printable ASCII, one character at least, no line break"
+            )
         check_clear("headers", value)
     if len({name.lower() for name in headers or {}}) < len(headers or {}):
         raise ValidationFailed("headers", "names two that differ in case only: they are the same header")
