@@ -84,7 +84,7 @@ _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 # urlsplit drops tabs and line ends silently, and what reads a backslash as a slash sees another host than we do.
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 _MASK = "***"
 _TOKEN_LENGTH = 16
 """Characters of a part of a path that is taken for a token."""
@@ -183,11 +183,11 @@ class NetworkPolicy:
         self._check_scheme(parts.scheme, field)
         _check_parts(parts, port, url, field)
         host = self._check_host(parts, field)
-        if not self.permits_port(port or _DEFAULT_PORTS[parts.scheme]):
+        if not self.permits_port(port or DEFAULT_PORTS[parts.scheme]):
             raise ValidationFailed(
                 field, f"has the refused port {port}; NetworkPolicy(allow_ports=[{port}]) would allow it"
             )
-        netloc = host if port in {None, _DEFAULT_PORTS[parts.scheme]} else f"{host}:{port}"
+        netloc = host if port in {None, DEFAULT_PORTS[parts.scheme]} else f"{host}:{port}"
         query = f"?{_ascii(parts.query)}" if parts.query else ""
         canonical = f"{parts.scheme}://{netloc}{_ascii(parts.path) or '/'}{query}"
         if len(canonical) > URL_LENGTH:
@@ -195,7 +195,7 @@ class NetworkPolicy:
         return canonical
 
     def _check_scheme(self, scheme: str, field: str) -> None:
-        if scheme not in _DEFAULT_PORTS:
+        if scheme not in DEFAULT_PORTS:
             raise ValidationFailed(field, "must start with https://, such as https://example.com/webhooks")
         if scheme == "http" and not self.allow_http:
             raise ValidationFailed(

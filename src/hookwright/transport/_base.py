@@ -20,6 +20,10 @@ RESPONSE_HEADERS = 32 * 1024
 """Bytes of response headers that are accepted at most."""
 
 
+CONNECTION_HEADERS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
+"""Headers that a transport sets itself: what a request gives under these names is left out."""
+
+
 class Request(NamedTuple):
     """One attempt: a POST of `body` to `url`. All times are in seconds.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from hookwright._addresses import NetworkPolicy, advice
 from hookwright._errors import ConfigurationError
+from hookwright.transport._resolver import SystemResolver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -108,13 +109,19 @@ class Reached(NamedTuple):
 
 
 class Dialler:
-    """Connects to what the policy permits."""
+    """Connects to what the policy permits. `resolver` replaces the system's."""
 
-    def __init__(self, network: NetworkPolicy | None, resolver: Resolver) -> None:
+    def __init__(self, network: NetworkPolicy | None, resolver: Resolver | None) -> None:
         self.network = network
         self._policy = own_network(network)
         self._kept: NetworkPolicy | None = None
-        self._resolver = resolver
+        self._own_resolver = SystemResolver() if resolver is None else None
+        self._resolver: Resolver = resolver or self._own_resolver  # type: ignore[assignment]  # one of them is there
+
+    def close(self) -> None:
+        """Let the threads of a resolver of ours end."""
+        if self._own_resolver is not None:
+            self._own_resolver.close()
 
     def keep_to(self, network: NetworkPolicy) -> None:
         """Judge by a dispatcher's policy, where none was given. Raises ConfigurationError for a second, other one."""

@@ -16,9 +16,8 @@ import httpcore2
 import httpx2
 
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_READ
-from hookwright.transport._dial import AuthFailed, Dialler, Target, attach, secure
+from hookwright.transport._dial import Dialler, Target, attach, secure
 from hookwright.transport._pools import POOL_IDLE, POOLS_MOST, Pools, key_of
-from hookwright.transport._resolver import SystemResolver
 from hookwright.transport._tls import TLSContexts
 
 if TYPE_CHECKING:
@@ -199,8 +198,7 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
         pools_most: int = POOLS_MOST,
     ) -> None:
         self._contexts = TLSContexts(ssl_context)
-        self._own_resolver = SystemResolver() if resolver is None else None
-        self._dialler = Dialler(network, resolver or self._own_resolver)  # type: ignore[arg-type]  # one of them is there
+        self._dialler = Dialler(network, resolver)
         self._pools: Pools[httpcore2.AsyncConnectionPool] = Pools(self._close, idle=pool_idle, most=pools_most)
         self._pool_idle = pool_idle
         self._closing: set[asyncio.Task[None]] = set()
@@ -214,11 +212,7 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
         ours: Request = request.extensions["hookwright"]
         url = request.url
         self._dialler.check_scheme(url.scheme)
-        context = None
-        if url.scheme == "https":
-            context = await self._contexts.get(ours.client_certificate)
-        elif ours.client_certificate is not None:
-            raise AuthFailed("a client certificate needs https")
+        context = await self._contexts.of(url.scheme, ours.client_certificate)
         pool = self._pools.enter(key_of(ours, f"{url.scheme}://{url.netloc!r}"), lambda: self._new_pool(ours, context))
         try:
             answer = await pool.connections.handle_async_request(
@@ -243,8 +237,7 @@ class PinnedTransport(httpx2.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Close every pool."""
         self._pools.close()
-        if self._own_resolver is not None:
-            self._own_resolver.close()
+        self._dialler.close()
         if self._closing:
             await asyncio.wait(self._closing)
 

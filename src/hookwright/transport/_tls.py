@@ -25,8 +25,15 @@ class TLSContexts:
         self._ready: dict[ClientCertificate | None, ssl.SSLContext] = {} if given is None else {None: given}
         self._coming: dict[ClientCertificate | None, asyncio.Future[ssl.SSLContext]] = {}
 
-    async def get(self, certificate: ClientCertificate | None) -> ssl.SSLContext:
-        """Return the context that presents this certificate, or none. Raises TLSFailed or AuthFailed."""
+    async def of(self, scheme: str, certificate: ClientCertificate | None) -> ssl.SSLContext | None:
+        """Return the context for a url of this scheme, None for plain http. Raises TLSFailed or AuthFailed."""
+        if scheme == "https":
+            return await self._get(certificate)
+        if certificate is not None:
+            raise AuthFailed("a client certificate needs https")
+        return None
+
+    async def _get(self, certificate: ClientCertificate | None) -> ssl.SSLContext:
         ready = self._ready.get(certificate)
         if ready is not None:
             return ready

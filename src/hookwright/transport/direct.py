@@ -8,12 +8,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from hookwright._addresses import DEFAULT_PORTS
 from hookwright._errors import ConfigurationError
-from hookwright.transport._base import Failure, Request, Response
+from hookwright._signing import HEADER_NAME
+from hookwright.transport._base import CONNECTION_HEADERS, Failure, Request, Response
 from hookwright.transport._connection import BUFFER, Connection, Stale
-from hookwright.transport._dial import AuthFailed, DialFailed, Dialler, Target, attach, secure
+from hookwright.transport._dial import DialFailed, Dialler, Target, attach, secure
 from hookwright.transport._pools import POOL_IDLE, POOLS_MOST, Pools, key_of
-from hookwright.transport._resolver import SystemResolver
 from hookwright.transport._tls import TLSContexts
 
 if TYPE_CHECKING:
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
     from hookwright.transport._resolver import Resolver
 
 _WAYS_KEPT = 4096
-_OURS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
 _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\r\n]")
 _NAMES_KEPT = 1000
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STORED_URL = re.compile(r"[a-z]+://[^/?#@\\]+([/?][^#\\]*)?")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class _Way(NamedTuple):
@@ -128,8 +126,7 @@ class DirectTransport:
         pools_most: int = POOLS_MOST,
     ) -> None:
         self._make_parser = _parser_class()
-        self._own_resolver = SystemResolver() if resolver is None else None
-        self._dialler = Dialler(network, resolver or self._own_resolver)  # type: ignore[arg-type]  # one is there
+        self._dialler = Dialler(network, resolver)
         self._contexts = TLSContexts(ssl_context)
         self._pools: Pools[_Connections] = Pools(_Connections.close, idle=pool_idle, most=pools_most)
         self._ways: dict[str, _Way] = {}
@@ -174,8 +171,7 @@ class DirectTransport:
         """Close every connection; attempts in flight end as failures."""
         self._is_closed = True
         self._pools.close()
-        if self._own_resolver is not None:
-            self._own_resolver.close()
+        self._dialler.close()
 
     async def _exchange(
         self, pool: Pool[_Connections], way: _Way, request: Request, message: bytes, until: float
@@ -232,11 +228,7 @@ class DirectTransport:
             return connection
 
     async def _dial(self, way: _Way, request: Request) -> Connection:
-        context = None
-        if way.scheme == "https":
-            context = await self._contexts.get(request.client_certificate)
-        elif request.client_certificate is not None:
-            raise AuthFailed("a client certificate needs https")
+        context = await self._contexts.of(way.scheme, request.client_certificate)
         target = Target(way.host, way.port, request.dns_timeout, request.connect_timeout)
         reached = await self._dialler.connect(target)
         connection = await attach(lambda: Connection(self._make_parser, self._buffer), reached)
@@ -248,7 +240,7 @@ class DirectTransport:
         lines = [f"{way.begin}{len(request.body)}\r\n"]
         for name, value in request.headers:
             if name not in self._names:
-                if name.lower() in _OURS:
+                if name.lower() in CONNECTION_HEADERS:
                     continue
                 self._check_name(name)
             lines.append(f"{name}: {value}\r\n")
@@ -260,7 +252,7 @@ class DirectTransport:
         return head.encode("ascii") + request.body
 
     def _check_name(self, name: str) -> None:
-        if not _TOKEN.fullmatch(name):
+        if not HEADER_NAME.fullmatch(name):
             raise _Unsendable("a header's name is none (RFC 9110, 5.6.2)")
         if len(self._names) >= _NAMES_KEPT:
             self._names.clear()
@@ -275,7 +267,7 @@ class DirectTransport:
         path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
         if len(self._ways) >= _WAYS_KEPT:
             self._ways.clear()
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
         way = self._ways[url] = _Way(
             parts.scheme,
             host,

@@ -16,7 +16,15 @@ import httpcore2
 import httpx2
 
 from hookwright._errors import ConfigurationError
-from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Request, Response
+from hookwright.transport._base import (
+    CONNECTION_HEADERS,
+    RESPONSE_HEADERS,
+    RESPONSE_KEPT,
+    RESPONSE_READ,
+    Failure,
+    Request,
+    Response,
+)
 from hookwright.transport._dial import DialFailed
 from hookwright.transport._discreet import attempting, be_discreet
 from hookwright.transport._pinned import PinnedTransport
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     from hookwright.transport._resolver import Resolver
 
 _URLS_KEPT = 4096
-_OURS = frozenset({"host", "accept-encoding", "content-length", "transfer-encoding", "connection"})
 
 
 class HttpxTransport:
@@ -128,7 +135,7 @@ class HttpxTransport:
             (b"Content-Length", b"%d" % len(request.body)),
         ]
         for name, value in request.headers:
-            if name.lower() not in _OURS:
+            if name.lower() not in CONNECTION_HEADERS:
                 headers.append((name.encode("ascii"), value.encode("ascii")))
         return httpx2.Request(
             "POST", url, headers=headers, stream=httpx2.ByteStream(request.body), extensions={"hookwright": request}
