@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "hookwright"
 LINES = [
     ["_errors", "_version", "storage.sql", "transport", "storage"],
     ["_clock", "_deadlines", "_ids", "_secret", "_addresses", "_certificate"],
-    ["_health"],
+    ["_health", "_conditions"],
     ["_models"],
     ["_envelope", "_signing", "_observe", "_vault", "transport._base", "storage._base"],
     ["_catalogue", "_retry"],

@@ -215,8 +215,8 @@ async def test_the_dispatchers_health_in_every_state(storage_url: str, clock: Vi
             await clock.advance(0)
         await clock.advance(30)
         health = await dispatcher.health()
-        assert (health.state, health.pending, health.leased, health.in_flight) == ("running", 2, 1, 1)
-        assert (health.oldest_due, health.last_error, health.problems) == (30.0, None, ())
+        assert (health.state, health.pending, health.leased, health.in_flight) == ("healthy", 2, 1, 1)
+        assert (health.oldest_due, health.problems) == (30.0, ())
         transport.release()
         await dispatcher.drain(timeout=5)
         health = await dispatcher.health()
@@ -243,4 +243,8 @@ async def test_an_endpoint_that_cannot_be_sent_to_and_a_broken_storage_are_named
         health = await dispatcher.health()
         assert health.problems == (f"endpoint {endpoint.id}: this process has no profile 'other'",)
         storage.broken = True
-        assert (await dispatcher.health()).last_error == "StorageError: the disk is gone"
+        health = await dispatcher.health()
+        assert (health.state, health.problems[0]) == (
+            "degraded",
+            "the storage cannot be read: StorageError: the disk is gone",
+        )

@@ -450,7 +450,7 @@ async def test_c5_failures_latency_and_backlog_are_visible() -> None:
         assert (stats.attempts, stats.failures) == (6, 5)
         assert stats.p99 is not None
         health = await dispatcher.health()
-        assert (health.state, health.pending, health.is_delivering) == ("running", 5, True)
+        assert (health.state, health.pending, health.is_delivering) == ("healthy", 5, True)
         failing = await dispatcher.endpoints.get(endpoint.id)
         assert failing.consecutive_failures == 5
         assert failing.failing_since is not None

@@ -385,7 +385,7 @@ async def test_a_storage_that_fails_is_tried_again_and_told(
         assert len(transport.requests) == 1
         assert told
         assert "StorageBusy" in told[0].error
-        assert "could not be written yet" in caplog.text
+        assert "results cannot be written" in caplog.text
 
 
 async def test_drain_gives_up_after_its_timeout(storage_url: str, clock: VirtualClock) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hookwright._clock import Clock
+    from hookwright._conditions import Conditions
     from hookwright._health import HealthPolicy
     from hookwright._models import Emission, Lease, Settled
     from hookwright._observe import ObserverHub
@@ -90,6 +91,7 @@ class Deliverer:
         preparer: Preparer,
         clock: Clock,
         observers: ObserverHub,
+        conditions: Conditions,
         health: HealthPolicy,
         lease: float,
         random: Random,
@@ -101,6 +103,8 @@ class Deliverer:
         self._preparer = preparer
         self._clock = clock
         self._observers = observers
+        self._conditions = conditions
+        self._unwritten = 0
         self._health = health
         self._lease = lease
         self._random = random
@@ -302,15 +306,32 @@ class Deliverer:
     # -- settle -------------------------------------------------------------------------------------------------
 
     async def _settle(self, outcome: Outcome) -> Settled:
-        while True:
-            try:
-                return (await self._storage.settle([outcome], self._health))[0]
-            except StorageClosed:
-                raise
-            except StorageError as error:
-                # The result stays here, in a slot that stays taken: what is kept is bound by the number of slots.
-                _logger.warning("a result could not be written yet: %s", error)
+        try:
+            return (await self._storage.settle([outcome], self._health))[0]
+        except StorageClosed:
+            raise
+        except StorageError as error:
+            return await self._settle_later(outcome, error)
+
+    async def _settle_later(self, outcome: Outcome, error: StorageError) -> Settled:
+        # The result stays here, in a slot that stays taken: what is kept is bound by the number of slots.
+        self._unwritten += 1
+        if self._unwritten == 1:
+            _logger.warning("results cannot be written; they are kept and tried again until they can: %s", error)
+        try:
+            while True:
+                self._conditions.trouble("settle", f"{self._unwritten} results wait to be written", error)
                 await self._clock.sleep(_SETTLE_AGAIN)
+                try:
+                    return (await self._storage.settle([outcome], self._health))[0]
+                except StorageClosed:
+                    raise
+                except StorageError as again:
+                    error = again
+        finally:
+            self._unwritten -= 1
+            if not self._unwritten:
+                self._conditions.over("settle")
 
     # -- report -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random as random_module
 from datetime import datetime, timedelta
@@ -10,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from hookwright._clock import SECOND, Clock
+from hookwright._conditions import Conditions
 from hookwright._deliveries import Deliveries
 from hookwright._delivery import Deliverer
 from hookwright._emitter import Emitter
@@ -52,7 +54,11 @@ if TYPE_CHECKING:
 
     ObserverT = TypeVar("ObserverT", bound=Callable[..., object])
 
-_OBSERVER_GRACE = 1.0
+_logger = logging.getLogger("hookwright")
+
+# Seconds that closing may take beyond `shutdown_timeout`: observers and connections are closed at the same time.
+_OBSERVER_GRACE = 0.5
+_TRANSPORT_GRACE = 0.2
 
 
 class _State(Enum):
@@ -127,6 +133,7 @@ class Dispatcher:
         self._shutdown_timeout = shutdown_timeout
         self._deliver = deliver
         self._observers = ObserverHub()
+        self._conditions = Conditions(self._clock)
         self._vault = vault_of(keys, self._storage)
         self._cache = EndpointCache(self._storage, self._vault)
         self._preparer = Preparer(
@@ -142,6 +149,7 @@ class Dispatcher:
             catalogue=catalogue,
             clock=self._clock,
             observers=self._observers,
+            conditions=self._conditions,
             preparer=self._preparer,
             on_stored=self._wake,
             on_stopped_endpoints=self._endpoints_changed,
@@ -152,6 +160,7 @@ class Dispatcher:
             preparer=self._preparer,
             clock=self._clock,
             observers=self._observers,
+            conditions=self._conditions,
             health=health_policy(disable_after),
             lease=lease,
             random=random or random_module.Random(),  # noqa: S311  # spreads load, guards nothing
@@ -210,6 +219,7 @@ class Dispatcher:
             cache=self._cache,
             clock=self._clock,
             observers=self._observers,
+            conditions=self._conditions,
             concurrency=concurrency,
             endpoint_concurrency=endpoint_concurrency,
             lease=lease,
@@ -219,6 +229,8 @@ class Dispatcher:
             self._storage,
             self._worker,
             clock=self._clock,
+            observers=self._observers,
+            conditions=self._conditions,
             retention=retention,
             deliver=self._deliver,
             on_swept=lambda: self.deliveries.note_ended(None),
@@ -333,19 +345,18 @@ class Dispatcher:
     async def health(self) -> Health:
         """Return how this dispatcher does: cheap enough to be asked for every second, whatever the backlog.
 
-        Works before start and after close too, and says so; a storage that cannot answer is reported as `last_error`.
+        Works before start and after close too, and says so; a storage that cannot answer is one of the `problems`.
         """
-        pending, leased, oldest, error = 0, 0, None, self._worker.last_error
+        pending, leased, oldest = 0, 0, None
         if self._state is _State.RUNNING:
             try:
                 pending, leased, oldest = await self._storage.backlog()
-            except StorageError as failed:
-                error = f"{type(failed).__name__}: {failed}"
-        state = self._state.name.lower()
-        if self._state is _State.RUNNING and self._deliver and not self._services.delivering:
-            state = "standby"
+                self._conditions.over("read")
+            except StorageError as error:
+                self._conditions.trouble("read", "the storage cannot be read", error)
+        problems = (*self._conditions.problems, *self._deliverer.unusable)
         return Health(
-            state=state,
+            state=self._condition(problems),
             is_delivering=self._services.delivering,
             pending=pending,
             leased=leased,
@@ -353,9 +364,17 @@ class Dispatcher:
             oldest_due=None if oldest is None else max(0, self._clock.now() - oldest) / SECOND,
             lag=self._worker.lag,
             lost_leases=self._deliverer.lost_leases,
-            last_error=error,
-            problems=tuple(self._deliverer.unusable),
+            problems=problems,
         )
+
+    def _condition(self, problems: Sequence[str]) -> str:
+        if self._state is not _State.RUNNING:
+            return self._state.name.lower()
+        if self._conditions.failed:
+            return "failed"
+        if problems:
+            return "degraded"
+        return "standby" if self._deliver and not self._services.delivering else "healthy"
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -381,8 +400,10 @@ class Dispatcher:
     async def aclose(self) -> None:
         """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.
 
-        Harmless when repeated, or when it was never started. When it is cancelled the closing goes on: call it again to
-        wait for that.
+        It takes less than a second beyond that, whatever hangs: receivers, observers (they have half a second for what
+        waits in their queues), or a lock on the database. What could not be written is delivered again by whoever
+        delivers next. Harmless when repeated, or when it was never started. When it is cancelled the closing goes on:
+        call it again to wait for that.
         """
         if self._closing is None:
             if self._state is not _State.RUNNING:
@@ -395,8 +416,17 @@ class Dispatcher:
 
     async def _close(self) -> None:
         await self._services.stop(self._shutdown_timeout)
-        await self._observers.aclose(_OBSERVER_GRACE)
-        await self._transport.aclose()
+        await asyncio.gather(self._observers.aclose(_OBSERVER_GRACE), self._close_storage())
+
+    async def _close_storage(self) -> None:
+        # It may be the application's: the storage is closed, whatever it does.
+        closing = asyncio.ensure_future(self._transport.aclose())
+        done, _ = await asyncio.wait({closing}, timeout=_TRANSPORT_GRACE)
+        if not done:
+            closing.cancel()
+            _logger.warning("the transport did not close in time: left behind")
+        elif not closing.cancelled() and closing.exception() is not None:
+            _logger.warning("the transport could not be closed", exc_info=closing.exception())
         await self._storage.close()
 
     async def __aenter__(self) -> Self:

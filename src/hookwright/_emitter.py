@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic_core import to_json
 
 from hookwright._clock import from_datetime
-from hookwright._errors import NotFound, StaleEndpoints, ValidationFailed
+from hookwright._errors import NotFound, StaleEndpoints, StorageError, ValidationFailed
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
 from hookwright._ids import new_id
 from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt, check_id
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
+    from hookwright._conditions import Conditions
     from hookwright._matching import CachedEndpoint, EndpointCache
     from hookwright._observe import ObserverHub
     from hookwright._prepare import Preparer
@@ -46,6 +47,7 @@ class Emitter:
         catalogue: Catalogue | None,
         clock: Clock,
         observers: ObserverHub,
+        conditions: Conditions,
         preparer: Preparer,
         on_stored: Callable[[], None],
         on_stopped_endpoints: Callable[[], None],
@@ -55,6 +57,7 @@ class Emitter:
         self._catalogue = catalogue
         self._clock = clock
         self._observers = observers
+        self._conditions = conditions
         self._preparer = preparer
         self._on_stored = on_stored
         self._on_stopped_endpoints = on_stopped_endpoints
@@ -71,7 +74,11 @@ class Emitter:
                 receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
+            except StorageError as error:
+                self._not_stored(error)
+                raise
             else:
+                self._conditions.over("emit")
                 self._tell_emitted(event, receipt)
                 return receipt
 
@@ -91,7 +98,11 @@ class Emitter:
                 receipts = await self._storage.enqueue_many(emissions, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
+            except StorageError as error:
+                self._not_stored(error)
+                raise
             else:
+                self._conditions.over("emit")
                 for emission, receipt in zip(emissions, receipts, strict=True):
                     self._tell_emitted(emission.event, receipt)
                 return receipts
@@ -100,6 +111,9 @@ class Emitter:
         event, attributes = snapshot(new, catalogue=self._catalogue, clock=self._clock)
         available_at = 0 if new.deliver_at is None else max(0, from_datetime(check_aware("deliver_at", new.deliver_at)))
         return _Emitting(event, attributes, new.endpoint_id, available_at)
+
+    def _not_stored(self, error: StorageError) -> None:
+        self._conditions.passing("emit", "an event could not be stored", error)
 
     async def _match_again(self, revision: int) -> None:
         # An endpoint that was created before this emit began is never missed, whichever process created it.

@@ -208,10 +208,11 @@ class Payload(NamedTuple):
 class Health(NamedTuple):
     """How a dispatcher does.
 
-    `pending` and `leased` deliveries are counted up to 10,000. `oldest_due` is how long (seconds) the oldest delivery
-    that could be sent now has been waiting; `lag` how late the last attempt began (held back by a pause or a limit,
-    too). `lost_leases` are results that came too late, since start. `problems` names endpoints that cannot be sent to,
-    and `last_error` the storage's last one.
+    `state` is `new`, `healthy`, `degraded` (something is wrong, and it goes on trying), `standby` (another process
+    delivers), `failed` (it does not deliver, and somebody has to look) or `closed`. `problems` say in words what is
+    wrong, endpoints that cannot be sent to included. `pending` and `leased` deliveries are counted up to 10,000.
+    `oldest_due` is how long (seconds) the oldest delivery that could be sent now has been waiting; `lag` how late the
+    last attempt began (held back by a pause or a limit, too). `lost_leases` counts results that came too late.
     """
 
     state: str
@@ -222,7 +223,6 @@ class Health(NamedTuple):
     oldest_due: float | None
     lag: float
     lost_leases: int
-    last_error: str | None
     problems: tuple[str, ...]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("hookwright")
 
+_CANCEL_GRACE = 0.2
 QUEUE_LENGTH = 1000
 """Observations that wait for one async observer at most; the newest are dropped and counted."""
 
@@ -134,7 +135,9 @@ class LeaseLost(DeliveryObservation):
 
 
 class WorkerFailed(Observation):
-    """The worker could not reach its storage; it goes on after `retry_in` seconds."""
+    """Something of our own failed: the storage could not be reached, or a background task died. It goes on after
+    `retry_in` seconds.
+    """
 
     error: str
     retry_in: float
@@ -222,7 +225,9 @@ class Subscription:
         self._queue.clear()
         if task is not None and task is not asyncio.current_task():
             task.cancel()
-            await asyncio.wait({task})
+            _, deaf = await asyncio.wait({task}, timeout=_CANCEL_GRACE)
+            if deaf:
+                _logger.warning("observer %s did not end when it was cancelled: left behind", self._name)
 
 
 class ObserverHub:
@@ -270,5 +275,4 @@ class ObserverHub:
                     await self._emptied.wait()
         except TimeoutError:
             pass
-        for subscription in self._subscriptions:
-            await subscription.aclose()
+        await asyncio.gather(*(subscription.aclose() for subscription in self._subscriptions))

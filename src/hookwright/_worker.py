@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 
 from hookwright._clock import SECOND
-from hookwright._errors import StorageClosed, StorageError, WaitTimeout
+from hookwright._errors import StorageClosed, WaitTimeout
 from hookwright._observe import WorkerFailed
 from hookwright.storage._base import ClaimRequest
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hookwright._clock import Clock
+    from hookwright._conditions import Conditions
     from hookwright._delivery import Deliverer
     from hookwright._matching import EndpointCache
     from hookwright._models import Claim, Lease
@@ -34,8 +35,13 @@ _logger = logging.getLogger("hookwright")
 SLOW = 1 * SECOND
 """An endpoint with an attempt in flight for longer than this counts as unproven."""
 
-_BACKOFF_MOST = 30.0
-_RELEASE_GRACE = 1.0
+_BACKOFF_MOST = 5.0
+"""Seconds between two looks while the storage fails: a look is cheap, and it may be well again any time."""
+
+_CANCEL_GRACE = 0.2
+"""Seconds for what is in flight to end when it is cancelled at shutdown; a transport may not let itself be stopped."""
+
+_RELEASE_GRACE = 0.1
 """Seconds for giving leases back at shutdown; what is not given back is freed by whoever delivers next."""
 
 
@@ -50,10 +56,14 @@ class _InFlight:
 
 
 class _Pass(NamedTuple):
-    """What one look for work found: whether there is nothing to do at all now, and when to look again by itself."""
+    """What one look for work found: whether there is nothing to do at all now, and when to look again by itself.
+
+    After a `failed` one, nothing is looked for until then, unless `drain` or `stop` ask for it.
+    """
 
     idle: bool
     delay: float | None
+    failed: bool = False
 
 
 class Worker:
@@ -67,6 +77,7 @@ class Worker:
         cache: EndpointCache,
         clock: Clock,
         observers: ObserverHub,
+        conditions: Conditions,
         concurrency: int,
         endpoint_concurrency: int,
         lease: float,
@@ -77,6 +88,7 @@ class Worker:
         self._cache = cache
         self._clock = clock
         self._observers = observers
+        self._conditions = conditions
         self._concurrency = concurrency
         self._endpoint_concurrency = endpoint_concurrency
         self._lease = round(lease * SECOND)
@@ -85,10 +97,11 @@ class Worker:
         self._tasks: dict[str, tuple[asyncio.Task[None], Lease]] = {}
         self._wake = asyncio.Event()
         self._stopping = False
+        self._asked = asyncio.Event()
         self._ended = asyncio.Event()
+        self._ended.set()
         self._failures = 0
         self.lag = 0.0
-        self.last_error: str | None = None
         self._drainers: list[asyncio.Future[None]] = []
 
     @property
@@ -101,17 +114,22 @@ class Worker:
         self._wake.set()
 
     async def run(self) -> None:
-        """Deliver until `stop`."""
+        """Deliver until `stop`. It may be called again when it raised."""
+        self._ended.clear()
         try:
             while not self._stopping:
                 self._wake.clear()
+                self._asked.clear()
                 drainers, self._drainers = self._drainers, []
                 found = await self._claim_and_start()
                 if found.idle:
                     _resolve(drainers)
                 else:
                     self._drainers[:0] = drainers
-                await self._sleep(found.delay)
+                if found.failed:
+                    await self._clock.wait_for(self._asked, found.delay)
+                else:
+                    await self._sleep(found.delay)
         finally:
             self._ended.set()
 
@@ -130,6 +148,7 @@ class Worker:
             await self._give_back([] if claim is None else claim.leases, sent=False)
             return self._back_off(error)
         self._failures = 0
+        self._conditions.over("claim")
         if self._stopping:
             await self._give_back(claim.leases, sent=False)
             return _Pass(idle=False, delay=None)
@@ -165,12 +184,12 @@ class Worker:
 
     def _back_off(self, error: Exception) -> _Pass:
         delay = min(_BACKOFF_MOST, 2.0**self._failures)
-        self.last_error = f"{type(error).__name__}: {error}"
+        self._conditions.trouble("claim", "deliveries cannot be claimed", error)
         self._failures = min(self._failures + 1, 10)
         if self._failures == 1:
             _logger.exception("deliveries cannot be claimed; trying again until they can")
         self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=delay))
-        return _Pass(idle=False, delay=delay)
+        return _Pass(idle=False, delay=delay, failed=True)
 
     async def _sleep(self, delay: float | None) -> None:
         timer = None if delay is None else self._clock.call_later(delay, self._wake.set)
@@ -218,6 +237,7 @@ class Worker:
         drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._drainers.append(drained)
         self._wake.set()
+        self._asked.set()
         if not await self._clock.wait_all({drained}, timeout):
             drained.cancel()
             raise WaitTimeout(f"{self.in_flight} deliveries are still in flight, or more are due, after {timeout:g} s")
@@ -226,6 +246,7 @@ class Worker:
         """Claim no more, wait for what is in flight, then cancel the rest and give its leases back at no cost."""
         self._stopping = True
         self._wake.set()
+        self._asked.set()
         ended = asyncio.ensure_future(self._ended.wait())
         # In real time: under a virtual clock that nobody advances, a shutdown would never end.
         await asyncio.wait({ended, *(task for task, _ in self._tasks.values())}, timeout=timeout)
@@ -234,7 +255,9 @@ class Worker:
         for task, _ in unfinished:
             task.cancel()
         if unfinished:
-            await asyncio.wait([task for task, _ in unfinished])
+            _, deaf = await asyncio.wait([task for task, _ in unfinished], timeout=_CANCEL_GRACE)
+            if deaf:
+                _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
             with anyio.move_on_after(_RELEASE_GRACE):
                 await self._give_back([lease for _, lease in unfinished], sent=True)
         _resolve(self._drainers)
@@ -244,7 +267,7 @@ class Worker:
             return
         try:
             await self._storage.release(leases, sent=sent)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001  # they end by themselves
             _logger.warning("%d leases could not be given back: %s", len(leases), error)
 
 

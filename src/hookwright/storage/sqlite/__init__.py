@@ -121,6 +121,7 @@ class SQLiteStorage(Storage):
     async def _close(self, owner: Owner, reader: Connected | None) -> None:
         self._closing.set()
         if reader is not None:
+            await reader.interrupt()
             await reader.close()
         await owner.finish()
         await owner.call(lambda _: self._lock.release())
@@ -331,6 +332,8 @@ class SQLiteStorage(Storage):
             raise closed()
 
         def read(database: Database) -> T:
+            if self._closing.is_set():
+                raise closed()
             with transaction(database, "BEGIN"):
                 return operation(database)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import sqlite3
 import threading
@@ -40,6 +41,9 @@ BUSY_TIMEOUT = 0.25
 
 BUSY_LIMIT = 5.0
 """Seconds after which an operation that found the database locked gives up."""
+
+CLOSING_LIMIT = 0.2
+"""The same, for what is waiting when the storage is closed: whoever closes is about to end."""
 
 
 class Database(sqlite3.Connection):
@@ -107,6 +111,11 @@ class Connected:
         except (sqlite3.Error, OSError) as error:
             raise convert(error) from error
 
+    async def interrupt(self) -> None:
+        """End the statement that is running in the connection's thread: it raises StorageClosed."""
+        if self._connection is not None:
+            await self._connection.interrupt()
+
     async def close(self) -> None:
         """Disconnect; harmless when repeated."""
         connection, self._connection = self._connection, None
@@ -141,6 +150,8 @@ class Owner:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._give_up_at = math.inf
+        self._damage: StorageCorrupt | None = None
         self.transactions = 0
         self.operations = 0
 
@@ -158,6 +169,8 @@ class Owner:
         """Have `run` called in the next transaction, once for all arguments that wait for it; return our answer."""
         if self._closing or self._task is None:
             raise closed()
+        if self._damage is not None:  # what is damaged is not written to again
+            raise StorageCorrupt(*self._damage.args)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(_Operation(run, argument, future))
         self._arrived.set()
@@ -168,8 +181,9 @@ class Owner:
         return await self._connected.call(function)
 
     async def finish(self) -> None:
-        """Take nothing more, and write what is waiting."""
+        """Take nothing more, and write what is waiting; what finds the database locked for 0.2 s gives up."""
         self._closing = True
+        self._give_up_at = time.monotonic() + CLOSING_LIMIT
         self._arrived.set()
         if self._task is not None:
             await asyncio.wait({self._task})
@@ -180,27 +194,36 @@ class Owner:
         await self._connected.close()
 
     async def _run(self) -> None:
-        while not (self._closing and not self._waiting):
-            if not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            # Callers whose futures were just resolved run before we do, so that what they ask for next is in this
-            # group and not in the one after it.
-            await asyncio.sleep(0)
-            if self._waiting:
-                group = list(self._waiting)
-                self._waiting.clear()
-                await self._commit(group)
+        try:
+            while not (self._closing and not self._waiting):
+                if not self._waiting:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+                # Callers whose futures were just resolved run before we do, so that what they ask for next is in this
+                # group and not in the one after it.
+                await asyncio.sleep(0)
+                if self._waiting:
+                    group = list(self._waiting)
+                    self._waiting.clear()
+                    await self._commit(group)
+        finally:
+            # Whoever cancels all tasks of a loop cancels this one, too: nobody may wait for it for ever.
+            self._closing = True
+            self._fail(self._waiting, closed())
 
     async def _commit(self, group: list[_Operation]) -> None:
         try:
             answers = await self._connected.call(lambda database: run_group(database, group))
         except StorageBusy as error:
             self._retry_later(group, error)
-        except StorageError as error:
+        except StorageCorrupt as error:
+            self._damage = error
             self._fail(group, error)
         except Exception as error:  # noqa: BLE001  # the owner must outlive whatever an operation raised
             self._fail(group, error)
+        except BaseException:
+            self._fail(group, StorageClosed("the storage's task was cancelled: it may or may not have been written"))
+            raise
         else:
             self.transactions += 1
             self.operations += len(group)
@@ -209,8 +232,9 @@ class Owner:
 
     def _retry_later(self, group: list[_Operation], error: StorageBusy) -> None:
         now = time.monotonic()
-        self._fail([op for op in group if op.give_up_at <= now], error)
-        self._waiting.extendleft(reversed([op for op in group if op.give_up_at > now]))
+        late = [op for op in group if min(op.give_up_at, self._give_up_at) <= now]
+        self._fail(late, error)
+        self._waiting.extendleft(reversed([op for op in group if op not in late]))
 
     def _fail(self, group: Iterable[_Operation], error: BaseException) -> None:
         for operation in group:
@@ -235,7 +259,7 @@ def run_group(database: Database, group: list[_Operation]) -> list[Any]:
     try:
         return _together(database, group)
     except sqlite3.Error as error:
-        if isinstance(convert(error), StorageBusy):
+        if isinstance(convert(error), (StorageBusy, StorageCorrupt)):
             raise
     except Exception:  # noqa: BLE001, S110  # whose it is shows when each runs alone
         pass
@@ -304,6 +328,7 @@ _BY_CODE = {
     sqlite3.SQLITE_CORRUPT: (StorageCorrupt, "the database file is damaged; restore it from a backup"),
     sqlite3.SQLITE_NOTADB: (StorageCorrupt, "the file is not an SQLite database; give the path of another one"),
     sqlite3.SQLITE_READONLY: (StorageError, "the database is read-only; make the file and its folder writable"),
+    sqlite3.SQLITE_INTERRUPT: (StorageClosed, "the storage was closed meanwhile"),
     sqlite3.SQLITE_CANTOPEN: (StorageError, "the database cannot be opened; does its folder exist and is it writable?"),
 }
 
