@@ -28,7 +28,7 @@ LINES = [
     ["_catalogue", "_retry"],
     ["_snapshot"],
     ["_profile", "_matching"],
-    ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner"],
+    ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner", "storage.sqlite._wal"],
     ["storage._memory_history", "transport._dial"],
     ["transport._tls", "transport._connection", "transport._discreet"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],

@@ -23,10 +23,11 @@ from hookwright._observe import (
     EndpointFailing,
     EndpointRecovered,
     LeaseLost,
+    WorkerFailed,
 )
 from hookwright._prepare import Prepared, Unrenderable, Unusable
 from hookwright._retry import Failed, Gone, Retry, RetryPolicy, Succeeded, retry_after
-from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage._base import FREE_INTERRUPTIONS, HOLD_MOST
 from hookwright.transport._base import Failure, Request, Response
 
 if TYPE_CHECKING:
@@ -54,10 +55,13 @@ LEASE_SLACK = 5.0
 UNUSABLE_HOLD = 60.0
 """Seconds for which an endpoint waits whose profile, key or signer cannot be used."""
 
+LOCAL_HOLD = 1.0
+"""Seconds for which an endpoint waits when this machine had no descriptor or port left for it."""
+
 COOL_DOWN_JITTER = 0.25
 """By how much a pause may be longer than planned."""
 
-ENDPOINT_HOLD_MOST = 600.0
+ENDPOINT_HOLD_MOST = HOLD_MOST / SECOND
 """Seconds for which `Retry-After` closes a whole endpoint at most; the delivery itself waits as long as it says."""
 
 _THROTTLING = frozenset([429, 502, 503, 504])
@@ -124,6 +128,8 @@ class Deliverer:
             await self._storage.release([lease])
             return None
         sent = await self._send(lease, prepared.request)
+        if isinstance(sent.answer, Failure) and sent.answer.code == "local_error":
+            return await self._not_sent(lease, sent.answer)
         verdict = self._judge(lease, prepared.profile, sent)
         outcome = self._outcome(lease, prepared, sent, verdict)
         settled = await self._settle(outcome)
@@ -141,6 +147,8 @@ class Deliverer:
         if isinstance(prepared, Unrenderable):
             return _render_error(self._clock.now(), prepared), False
         sent = await self._send(lease, prepared.request)
+        if isinstance(sent.answer, Failure) and sent.answer.code == "local_error":
+            raise ConflictError(f"nothing could be sent from here: {sent.answer.detail}; repeat when there is room")
         return _record(prepared, sent), isinstance(self._judge(lease, prepared.profile, sent), Succeeded)
 
     # -- prepare ------------------------------------------------------------------------------------------------
@@ -226,6 +234,12 @@ class Deliverer:
         except Exception as error:  # noqa: BLE001  # a transport may be the application's; a failure is a value
             answer = Failure("transport_error", type(error).__name__)
         return Sent(answer, started_at, self._clock.now() - started_at)
+
+    async def _not_sent(self, lease: Lease, failure: Failure) -> None:
+        """Give the lease back: it is this machine that could not send, which says nothing of the endpoint."""
+        self._conditions.passing("send", f"attempts cannot be made from here: {failure.detail}")
+        self._observers.report(WorkerFailed(error=f"local_error: {failure.detail}", retry_in=LOCAL_HOLD))
+        await self._storage.release([lease], hold=round(LOCAL_HOLD * SECOND))
 
     # -- judge --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookwright._clock import SECOND
 from hookwright._health import HealthPolicy
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ DEFAULT_HEALTH = HealthPolicy()
 
 FREE_INTERRUPTIONS = 3
 """So many crashes of ours cost a delivery nothing; each later one costs an attempt, so that a poison pill ends."""
+
+
+HOLD_MOST = 600 * SECOND
+"""No lane is held for longer, but by its state. `acquire` shortens holds that a clock set back would make longer."""
 
 
 def rate_interval(endpoint: EndpointRow) -> int | None:
@@ -144,7 +149,9 @@ class Storage(ABC):
         """Try to become the one that delivers; say whether this storage object now is.
 
         Whoever becomes it (the first True) frees the leases of those that died: their rows are available at once, and
-        their tokens stay until the next claim, which records the interruption. No endpoint is proven any more.
+        their tokens stay until the next claim, which records the interruption. No endpoint is proven any more. Since
+        the wall clock may have been set back meanwhile, no lane is held beyond HOLD_MOST from now, nor by its rate
+        limit for longer than one attempt takes, and none waits behind turns of a later time.
         """
 
     # -- the outbox ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hookwright._clock import FOREVER, Clock
+from hookwright._clock import FOREVER, SECOND, Clock
 from hookwright._errors import ConflictError, HookwrightError, NotFound, StaleEndpoints, StorageError
 from hookwright._health import Change, EndpointHealth, came_true, cool_down
 from hookwright._ids import new_token
@@ -26,6 +26,7 @@ from hookwright._models import (
 from hookwright.storage._base import (
     DEFAULT_HEALTH,
     FREE_INTERRUPTIONS,
+    HOLD_MOST,
     SWEEP_ROWS,
     Changes,
     ClaimRequest,
@@ -73,11 +74,20 @@ class MemoryStorage(MemoryHistory):
         self._now()
         if not self._acquired:
             self._acquired = True
-            for lane in self._lanes.values():
+            for endpoint_id, lane in self._lanes.items():
                 lane.earned = 0
+                self._shorten(lane, rate_interval(self._endpoints[endpoint_id]))
                 for row in lane.rows.values():
                     row.available_at = row.available_at if row.token is None else 0
         return True
+
+    def _shorten(self, lane: MemoryLane, interval: int | None) -> None:
+        """Let nothing reach further than it could now: the wall clock may have been set back."""
+        now = self._now()
+        if lane.hold_until < FOREVER:
+            lane.hold_until = min(lane.hold_until, now + HOLD_MOST)
+        lane.rate_at = min(lane.rate_at, now + max(SECOND, interval or 0))
+        lane.rate_until = min(lane.rate_until, lane.rate_at)
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 

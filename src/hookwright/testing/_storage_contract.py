@@ -14,7 +14,7 @@ from hookwright.testing._storage_contract_hands import (
     TestingContract,
 )
 from hookwright.testing._storage_contract_history import HistoryContract, LifeContract
-from hookwright.testing._storage_contract_lanes import NextDueContract, RoomContract, TurnContract
+from hookwright.testing._storage_contract_lanes import NextDueContract, RoomContract, SetBackContract, TurnContract
 from hookwright.testing._storage_contract_law import LaneLawContract
 from hookwright.testing._storage_contract_outbox import EnqueueContract, ReleaseContract, SettleContract
 
@@ -24,6 +24,7 @@ class StorageContract(
     SettleContract,
     ReleaseContract,
     RoomContract,
+    SetBackContract,
     TurnContract,
     NextDueContract,
     LaneLawContract,

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from hookwright._clock import SECOND
 from hookwright._models import DeliveryState, EndpointState
+from hookwright.storage._base import HOLD_MOST
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hookwright._models import Lease
+
+
+DAY = 24 * 3600 * SECOND
 
 
 def _endpoints(leases: Sequence[Lease]) -> Counter[str]:
@@ -121,6 +125,69 @@ class RoomContract(ContractBase):
             await world.emit(await world.endpoint())
             world.pass_time(-3600 * SECOND)
             assert len((await world.claim()).leases) == 1
+
+
+class SetBackContract(ContractBase):
+    """The wall clock was set back while nobody delivered: what was stored lies in the future."""
+
+    async def test_a_hold_that_was_set_before_is_no_longer_than_one_that_is_set_now(self) -> None:
+        async with self.opened() as world:
+            held = await world.endpoint()
+            await world.emit(held)
+            await world.settle(await world.claim_one(), DeliveryState.FAILED, hold=HOLD_MOST)
+            await self._set_back(world, by=DAY)
+            (fresh,) = await world.emit(held)
+            world.pass_time(HOLD_MOST)
+            assert (await world.claim_one()).delivery_id == fresh
+
+    async def test_a_paused_endpoint_stays_paused(self) -> None:
+        async with self.opened() as world:
+            paused = await world.endpoint()
+            await world.storage.set_endpoint_state(paused, EndpointState.PAUSED, reason=None)
+            await world.emit(paused)
+            await self._set_back(world, by=DAY)
+            world.pass_time(HOLD_MOST)
+            assert not (await world.claim()).leases
+
+    async def test_a_rate_limit_waits_for_one_attempt_at_most(self) -> None:
+        async with self.opened() as world:
+            slow = await world.endpoint(rate_limit=0.1)
+            await world.emit(slow)
+            await world.settle(await world.claim_one())
+            await self._set_back(world, by=DAY)
+            (fresh,) = await world.emit(slow)
+            world.pass_time(10 * SECOND)
+            assert (await world.claim_one()).delivery_id == fresh
+
+    async def test_lanes_that_waited_before_are_not_passed_over_by_busy_ones(self) -> None:
+        async with self.opened() as world:
+            waiting, busy = await world.endpoint(), await world.endpoint()
+            await world.emit(waiting)
+            await self._set_back(world, by=DAY)
+            await world.emit_many(5, busy)
+            served = []
+            for _ in range(3):
+                lease = await world.claim_one(limit=1)
+                served.append(lease.endpoint_id)
+                await world.settle(lease)
+            assert waiting in served
+
+    async def test_a_retry_is_late_by_at_most_the_jump_and_a_fresh_event_not_at_all(self) -> None:
+        async with self.opened() as world:
+            endpoint = await world.endpoint()
+            await world.emit(endpoint)
+            await world.settle(await world.claim_one(), DeliveryState.PENDING, retry_in=60 * SECOND)
+            await self._set_back(world, by=DAY)
+            (fresh,) = await world.emit(endpoint)
+            lease = await world.claim_one()
+            assert lease.delivery_id == fresh
+            await world.settle(lease)
+            world.pass_time(DAY + 60 * SECOND)
+            assert len((await world.claim()).leases) == 1
+
+    async def _set_back(self, world: World, by: int) -> None:
+        world.clock.time -= by
+        await self.restart(world)
 
 
 class TurnContract(ContractBase):

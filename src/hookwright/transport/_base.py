@@ -67,7 +67,9 @@ class Failure(NamedTuple):
     """No answer. `detail` says why in words, without the url or an address: customers may be shown it.
 
     `code` is `dns_error`, `connect_error`, `connect_timeout`, `tls_error`, `auth_error` (what would prove who we are
-    cannot be shown), `timeout`, `protocol_error`, `blocked_target` (the network policy) or `transport_error`.
+    cannot be shown), `timeout`, `protocol_error`, `blocked_target` (the network policy) or `transport_error`. With
+    `local_error` nothing could be sent for want of something of our own (descriptors, ports, memory): it says nothing
+    of the receiver, and costs no attempt.
     """
 
     code: str

@@ -7,7 +7,9 @@ so that a name cannot change its mind between the check and the connection (DNS 
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import os
 import socket
 import ssl
 from itertools import chain, zip_longest
@@ -69,6 +71,12 @@ class TLSFailed(DialFailed):
     """The TLS handshake failed."""
 
     code = "tls_error"
+
+
+class OutOfResources(DialFailed):
+    """Something of this machine's own ran out; the receiver has no part in it."""
+
+    code = "local_error"
 
 
 class AuthFailed(DialFailed):
@@ -173,6 +181,7 @@ class Dialler:
         except TimeoutError:
             raise DNSFailed("no answer in time") from None
         except socket.gaierror as error:
+            _check_room()
             raise DNSFailed(error.strerror or "no such name") from None
         except Exception as error:  # noqa: BLE001  # a resolver may be the application's; what it raises is its failure
             raise DNSFailed(f"the resolver failed ({type(error).__name__})") from None
@@ -222,7 +231,10 @@ class Dialler:
 
     async def _dial(self, address: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        dialled = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            dialled = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            raise _no_connection(error) from None
         try:
             dialled.setblocking(False)
             if self._policy.local_address is not None:
@@ -230,9 +242,9 @@ class Dialler:
             # A literal address, for which asyncio asks no resolver and no executor.
             await asyncio.get_running_loop().sock_connect(dialled, (address, port))
             peer = dialled.getpeername()[0]
-        except OSError:
+        except OSError as error:
             dialled.close()
-            raise DialFailed("no connection: refused, reset or unreachable") from None
+            raise _no_connection(error) from None
         except BaseException:
             dialled.close()
             raise
@@ -241,6 +253,23 @@ class Dialler:
             dialled.close()
             raise BlockedTarget(rule)
         return dialled
+
+
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
+
+def _check_room() -> None:
+    """Raise OutOfResources when no socket can be had: a look-up that needed one does not say so."""
+    try:
+        socket.socket().close()
+    except OSError as error:
+        raise _no_connection(error) from None
+
+
+def _no_connection(error: OSError) -> DialFailed:
+    if error.errno in _OURS:
+        return OutOfResources(os.strerror(error.errno).lower())
+    return DialFailed("no connection: refused, reset or unreachable")
 
 
 async def attach(factory: Callable[[], D], reached: Reached) -> D:

@@ -101,7 +101,7 @@ class SQLiteStorage(Storage):
             raise convert(error) from error
         self._lock, self._freed = _schema.DeliverLock(self._file), False
         owner, reader = Owner(self._file), Connected(self._file)
-        await owner.open(_schema.prepare_writer)
+        await owner.open(partial(_schema.prepare_writer, self._file))
         try:
             await reader.open(_schema.prepare_reader)
         except BaseException:

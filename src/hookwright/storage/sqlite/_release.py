@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hookwright.storage._base import SWEEP_ROWS
+from hookwright._clock import FOREVER, SECOND
+from hookwright.storage._base import HOLD_MOST, SWEEP_ROWS
 from hookwright.storage.sqlite._claim import record_interruption
-from hookwright.storage.sqlite._lanes import make_due
+from hookwright.storage.sqlite._lanes import TURN_BITS, TURNS_END, make_due
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,13 +39,29 @@ def release(database: Database, leases: Sequence[Lease], *, sent: bool, hold: in
 
 
 def free_leases(database: Database, now: int) -> None:
-    """What whoever becomes the deliverer does: the rows of the dead are due at once, and nobody is proven any more."""
+    """What whoever becomes the deliverer does: the rows of the dead are due at once, and nobody is proven any more.
+
+    The wall clock may have been set back since the last one: no turn, hold or limit reaches further than it could now.
+    """
     endpoints = database.execute(
         "SELECT DISTINCT endpoint_id FROM hookwright_delivery WHERE token IS NOT NULL"
     ).fetchall()
     database.execute("UPDATE hookwright_delivery SET available_at = 0 WHERE token IS NOT NULL")
     make_due(database, [(row[0], 0) for row in endpoints], now)
     database.execute("UPDATE hookwright_lane SET earned = 0 WHERE (earned > 0) = 1")
+    database.execute(
+        f"UPDATE hookwright_lane SET due_at = ?1 WHERE due_at > ?1 AND due_at < {TURNS_END}", (now >> TURN_BITS,)
+    )
+    database.execute(
+        f"UPDATE hookwright_lane SET hold_until = ?1 WHERE hold_until > ?1 AND hold_until < {FOREVER}",
+        (now + HOLD_MOST,),
+    )
+    database.execute(
+        f"UPDATE hookwright_lane SET rate_at = ?1 + max(rate_interval, {SECOND}),"
+        f" rate_until = min(rate_until, ?1 + max(rate_interval, {SECOND}))"
+        f" WHERE rate_at > ?1 + max(rate_interval, {SECOND})",
+        (now,),
+    )
 
 
 # Not by the endpoint's own index: that holds what was swept before, and every batch would pass by it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hookwright._errors import ConfigurationError, SchemaTooNew
 from hookwright.storage.sqlite._owner import Database, transaction
+from hookwright.storage.sqlite._wal import check_wal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,9 @@ def create_file(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
 
 
-def prepare_writer(database: Database) -> None:
-    """Check what the file is before anything is written to it, then set it up and migrate."""
+def prepare_writer(path: Path, database: Database) -> None:
+    """Check what the file is before anything is read or written through SQLite, then set it up and migrate."""
+    check_wal(path)
     _refuse_newer(database)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
