@@ -129,7 +129,8 @@ class Deliverer:
             return None
         sent = await self._send(lease, prepared.request)
         if isinstance(sent.answer, Failure) and sent.answer.code == "local_error":
-            return await self._not_sent(lease, sent.answer)
+            await self._not_sent(lease, sent.answer)
+            return None
         verdict = self._judge(lease, prepared.profile, sent)
         outcome = self._outcome(lease, prepared, sent, verdict)
         settled = await self._settle(outcome)
