@@ -6,13 +6,16 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation
+from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale
 from benchmarks._harness import save, show
 
 BENCHMARKS = {
     "emit": emit,
     "deliver": deliver,
     "isolation": isolation,
+    "million": million,
+    "outage": outage,
+    "scale": scale,
     "history": history,
     "gone": gone,
     "dns": dns,
