@@ -68,7 +68,7 @@ class Fleet:
             emits.append(asyncio.create_task(self._dispatcher.emit(f"good.{number % len(self._ids)}", data)))
         await asyncio.gather(*emits)
         found: list[float] = []
-        until = time.perf_counter() + 30
+        until = time.perf_counter() + 120
         while len(found) < len(emits) and time.perf_counter() < until:
             await asyncio.sleep(0.05)
             found.extend(await self._there.delays())
