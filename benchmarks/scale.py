@@ -127,9 +127,7 @@ async def _one_to_each(report: Report, path: Path, endpoints: int, rounds: int, 
     limit = max(100.0, 1.2 * before[0])
     report.results.append(Result("one event for each: all delivered", "s", times))
     report.results.append(Result("  start delay p99 of others, before", "ms", before))
-    report.results.append(
-        Result("  meanwhile, none has answered yet", "ms", beside[:1], target=f"(<= {limit:.0f} ms)")
-    )
+    report.results.append(Result("  meanwhile, none has answered yet", "ms", beside[:1], target=f"(<= {limit:.0f} ms)"))
     if beside[1:]:
         report.results.append(Result("  meanwhile, all have answered", "ms", beside[1:], target="(<= all delivered)"))
 

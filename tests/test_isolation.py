@@ -10,16 +10,18 @@ import pytest
 
 from hookwright import Dispatcher, MemoryStorage, Request, Response, SQLiteStorage
 from hookwright._clock import SECOND
-from hookwright.storage._base import ClaimRequest
-from hookwright.storage.sqlite import _claim
+from hookwright.storage._base import SWEEP_ROWS, ClaimRequest
+from hookwright.storage.sqlite import _claim, _history
 from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hookwright import Failure, Storage
+    from hookwright._models import Claim
     from hookwright.storage.sqlite._owner import Database
 
 
@@ -34,6 +36,21 @@ async def test_one_event_to_many_endpoints_is_one_transaction(tmp_path: Path) ->
         assert storage.transactions - before == 1
 
 
+def _steps(database: Database, act: Callable[[], object]) -> int:
+    """Return how many steps SQLite's machine made for it."""
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    database.set_progress_handler(count, 1)
+    act()
+    database.set_progress_handler(None, 1)
+    return steps
+
+
 async def _steps_of_a_claim(path: Path, waiting: int) -> tuple[int, int]:
     """Return how many leases a claim gave, and how many steps SQLite's machine made for it."""
     clock, storage = ManualClock(), SQLiteStorage(path)
@@ -44,17 +61,10 @@ async def _steps_of_a_claim(path: Path, waiting: int) -> tuple[int, int]:
         await world.enqueue(world.new_event(), *(world.new_delivery(endpoint) for _ in range(waiting)))
 
     def counted(database: Database) -> tuple[int, int]:
-        steps = 0
-
-        def count() -> int:
-            nonlocal steps
-            steps += 1
-            return 0
-
-        database.set_progress_handler(count, 1)
-        found = _claim.claim(database, ClaimRequest(16, 8, 60 * SECOND, 4, {}), clock.now())
-        database.set_progress_handler(None, 1)
-        return len(found.leases), steps
+        request = ClaimRequest(16, 8, 60 * SECOND, 4, {})
+        found: list[Claim] = []
+        steps = _steps(database, lambda: found.append(_claim.claim(database, request, clock.now())))
+        return len(found[0].leases), steps
 
     assert storage._owner is not None
     answer = await storage._owner.submit(counted)
@@ -67,6 +77,25 @@ async def test_what_a_claim_costs_does_not_grow_with_what_waits(tmp_path: Path) 
     many = await _steps_of_a_claim(tmp_path / "many.db", 1000)
     assert few == many
     assert few[0] == 8
+
+
+def _steps_of_a_look(database: Database) -> int:
+    return _steps(database, lambda: _history.prunable(database, 2**60, (0, "")))
+
+
+async def test_what_a_look_for_old_events_costs_does_not_grow_with_what_waits(tmp_path: Path) -> None:
+    clock, storage = ManualClock(), SQLiteStorage(tmp_path / "hooks.db")
+    await storage.open(clock)
+    world = World(storage, clock)
+    endpoint, steps = await world.endpoint(), []
+    for _ in range(2):
+        for _ in range(10):  # events of one moment are sorted, so there must be several
+            world.pass_time()
+            await world.emit_many(SWEEP_ROWS // 5, endpoint)
+        steps.append(await storage._read(_steps_of_a_look))
+        assert await storage.prune(2**60) == 0
+    await storage.close()
+    assert steps[1] <= steps[0] * 1.1  # what is sorted of the last moment is not the same to the step
 
 
 class _Returning(FakeTransport):
