@@ -13,14 +13,14 @@ BENCHMARKS = {
     "emit": emit,
     "deliver": deliver,
     "isolation": isolation,
-    "million": million,
-    "outage": outage,
-    "scale": scale,
     "history": history,
     "gone": gone,
     "dns": dns,
     "idle": idle,
     "imports": imports,
+    "million": million,
+    "outage": outage,
+    "scale": scale,
 }
 
 
