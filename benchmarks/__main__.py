@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation
+from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale
 from benchmarks._harness import save, show
 
 BENCHMARKS = {
@@ -18,6 +18,9 @@ BENCHMARKS = {
     "dns": dns,
     "idle": idle,
     "imports": imports,
+    "million": million,
+    "outage": outage,
+    "scale": scale,
 }
 
 

@@ -1,7 +1,8 @@
-"""Receivers in another process, answering or hanging. `python -m benchmarks._receiver ANSWERING HANGING [CERTIFICATE]`.
+"""Receivers in another process. `python -m benchmarks._receiver ANSWERING HANGING RETURNING [CERTIFICATE]`.
 
-Prints the ports, a JSON list for each kind. Bodies with `"sent":MICROSECONDS` on answering ports are clocked: when
-standard input gets a line, the delays (ms) since the last such line are printed as a JSON list.
+Prints the ports, a JSON list for each kind. Returning ones hang until they are told that they are up. Bodies with
+`"sent":MICROSECONDS` on answering ports are clocked. Each line on standard input is answered by one: `delays` by those
+(ms) since the last time, `up` by null, `rooms` by how many requests the endpoints on returning ports had at once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 import ssl
 import sys
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,10 +26,17 @@ _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
 
+PAUSE = 0.01
+"""Seconds before a returning receiver answers, so that what it is sent at once can be counted."""
+
+ROOMS = 8
+"""Of so many first answers a returning receiver keeps what was in flight before each."""
+
+
 class Answering(asyncio.Protocol):
     """Answers 200 to everything, and looks at no more than it must."""
 
-    delays: list[float]
+    delays: ClassVar[list[float]] = []
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -47,57 +56,111 @@ class Answering(asyncio.Protocol):
             sent = _SENT.search(self._buffer, head, end)
             if sent:
                 type(self).delays.append(time.time() * 1000 - int(sent[1]) / 1000)
+            path = self._buffer[: self._buffer.find(b"\r\n")].split(b" ")[1]
             self._buffer = self._buffer[end:]
-            self._transport.write(_ANSWER)
+            self.requested(path.decode())
             head = self._buffer.find(b"\r\n\r\n")
 
+    def requested(self, path: str) -> None:
+        self._transport.write(_ANSWER)
 
-async def main(answering: int, hanging: int, certificate: str = "") -> None:
+
+class Returning(Answering):
+    """Hangs until it is up; then answers after a while, and counts what each path has in flight meanwhile."""
+
+    up: ClassVar[bool] = False
+    in_flight: ClassVar[Counter[str]] = Counter()
+    answered: ClassVar[Counter[str]] = Counter()
+    rooms: ClassVar[dict[str, list[int]]] = {}
+
+    def requested(self, path: str) -> None:
+        if not self.up:
+            return
+        self.in_flight[path] += 1
+        rooms = self.rooms.setdefault(path, [0] * (ROOMS + 1))
+        place = min(ROOMS, self.answered[path])
+        rooms[place] = max(rooms[place], self.in_flight[path])
+        asyncio.get_running_loop().call_later(PAUSE, self._answer, path)
+
+    def _answer(self, path: str) -> None:
+        self.in_flight[path] -= 1
+        self.answered[path] += 1
+        self._transport.write(_ANSWER)
+
+
+def _told(command: bytes) -> object:
+    if command == b"up\n":
+        Returning.up = True
+        return None
+    if command == b"rooms\n":
+        return list(Returning.rooms.values())
+    delays, Answering.delays = Answering.delays, []
+    return delays
+
+
+async def main(answering: int, hanging: int, returning: int, certificate: str = "") -> None:
     loop = asyncio.get_running_loop()
-    Answering.delays = []
     tls = None
     if certificate:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(certificate)
     servers = [await loop.create_server(Answering, "127.0.0.1", 0, backlog=1024, ssl=tls) for _ in range(answering)]
     mute = [await loop.create_server(asyncio.Protocol, "127.0.0.1", 0, backlog=1024) for _ in range(hanging)]
-    for kind in (servers, mute):
+    back = [await loop.create_server(Returning, "127.0.0.1", 0, backlog=1024) for _ in range(returning)]
+    for kind in (servers, mute, back):
         print(json.dumps([server.sockets[0].getsockname()[1] for server in kind]), flush=True)
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.readline():
-        print(json.dumps(Answering.delays), flush=True)
-        Answering.delays = []
+    while command := await reader.readline():
+        print(json.dumps(_told(command)), flush=True)
 
 
 class Receivers:
     """The other side of the pipe."""
 
-    def __init__(self, process: asyncio.subprocess.Process, answering: list[str], hanging: list[str]) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, answering: list[str], hanging: list[str], returning: list[str]
+    ) -> None:
         self._process = process
         self.answering = answering
         self.hanging = hanging
+        self.returning = returning
 
     async def delays(self) -> list[float]:
         """Return the delays in milliseconds since the last call."""
+        found: list[float] = await self._ask(b"delays\n")
+        return found
+
+    async def come_back(self) -> None:
+        """Let the returning ones answer from now on."""
+        await self._ask(b"up\n")
+
+    async def rooms(self) -> list[list[int]]:
+        """Return, for each returning endpoint, the most it had in flight before its first answer, its second, ..."""
+        found: list[list[int]] = await self._ask(b"rooms\n")
+        return found
+
+    async def _ask(self, command: bytes) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(b"\n")
-        found: list[float] = json.loads(await self._process.stdout.readline())
-        return found
+        self._process.stdin.write(command)
+        return json.loads(await self._process.stdout.readline())
 
 
 @asynccontextmanager
-async def receivers(answering: int, hanging: int = 0, certificate: Path | None = None) -> AsyncIterator[Receivers]:
+async def receivers(
+    answering: int, hanging: int = 0, returning: int = 0, *, certificate: Path | None = None
+) -> AsyncIterator[Receivers]:
     """Start the process, and end it."""
     pipe = asyncio.subprocess.PIPE
     further = () if certificate is None else (str(certificate),)
-    command = (sys.executable, "-m", "benchmarks._receiver", str(answering), str(hanging), *further)
+    counts = (str(answering), str(hanging), str(returning))
+    command = (sys.executable, "-m", "benchmarks._receiver", *counts, *further)
     scheme = "http" if certificate is None else "https"
     process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=2**26)
     assert process.stdout is not None
     try:
-        ports = [json.loads(await process.stdout.readline()) for _ in range(2)]
+        ports = [json.loads(await process.stdout.readline()) for _ in range(3)]
         yield Receivers(process, *([f"{scheme}://127.0.0.1:{port}/" for port in kind] for kind in ports))
     finally:
         process.terminate()
@@ -105,4 +168,4 @@ async def receivers(answering: int, hanging: int = 0, certificate: Path | None =
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

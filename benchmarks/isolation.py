@@ -1,75 +1,147 @@
-"""isolation: what endpoints that hang do to the start delay of the healthy ones, 20,000 deliveries behind them."""
+"""isolation: what dead endpoints, with many deliveries waiting, do to the healthy ones.
+
+Two dispatchers in one process take turns. They have the same healthy endpoints; one has dead endpoints as well, which
+are paused while the other is measured.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import statistics
+import sys
 import tempfile
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks._fleet import Fleet, p99, refusing, store_waiting
 from benchmarks._harness import Report, Result
 from benchmarks._receiver import receivers
 from hookwright import Dispatcher, NetworkPolicy
 
-CASES = ((1, 20), (20, 100), (100, 1000))
-STREAM = 50
-"""Events a second, each to one healthy endpoint."""
+if TYPE_CHECKING:
+    from benchmarks._receiver import Receivers
+
+ROUNDS = 5
 
 
-def _p99(values: list[float]) -> float:
-    return sorted(values)[int(len(values) * 0.99)]
+class Case(NamedTuple):
+    """How many are healthy, how many dead and how, what waits for all of the dead, and what is asked of the healthy."""
+
+    name: str
+    healthy: int
+    dead: int
+    refusing: bool
+    waiting: int
+    seconds: float
+    each: int
+    slower: float
 
 
-async def _delays(path: Path, hanging: int, total: int, waiting: int, seconds: float) -> list[float]:
-    async with (
-        receivers(1, 1) as there,
-        Dispatcher(
-            f"sqlite:///{path}", network=NetworkPolicy.development(), shutdown_timeout=0.2, keys=[]
-        ) as dispatcher,
-    ):
-        good = [
-            await dispatcher.endpoints.create(f"{there.answering[0]}{n}", events=["good", f"good.{n}"])
-            for n in range(total - hanging)
-        ]
-        await dispatcher.emit("good")  # everybody healthy has answered once, as in a process that has run for a while
-        await dispatcher.drain()
-        # Those that will hang have answered too, until a moment ago: nothing tells them apart but what happens now.
-        bad = [
-            await dispatcher.endpoints.create(f"{there.answering[0]}{n}", events=["bad", f"bad.{n}"])
-            for n in range(hanging)
-        ]
-        for _ in range(3 if bad else 0):
-            await dispatcher.emit("bad")
-            await dispatcher.drain()
-        for n, endpoint in enumerate(bad):
-            await dispatcher.endpoints.update(endpoint.id, url=f"{there.hanging[0]}{n}")
-        each = waiting // hanging if hanging else 0
-        for n in range(hanging):
-            await asyncio.gather(*(dispatcher.emit(f"bad.{n}", i) for i in range(each)))
-        await there.delays()
-        for number in range(round(seconds * STREAM)):
-            sent = time.time_ns() // 1000
-            await dispatcher.emit(f"good.{number % len(good)}", {"sent": sent})
-            await asyncio.sleep(1 / STREAM)
-        await asyncio.sleep(0.3)
-        assert len(bad) == hanging
-        return await there.delays()
+CASES = (
+    Case("1 of 21 refuses", 20, 1, True, 100_000, 4.0, 150, 1.2),
+    Case("1 of 21 hangs", 20, 1, False, 100_000, 4.0, 150, 1.2),
+    Case("100 of 1,000 hang", 900, 100, False, 100_000, 5.0, 3, 2.0),
+)
+QUICK = (
+    Case("1 of 6 refuses", 5, 1, True, 500, 0.2, 5, 1.2),
+    Case("1 of 6 hangs", 5, 1, False, 500, 0.2, 5, 1.2),
+)
+
+
+class Measured(NamedTuple):
+    """What one turn showed: start delay (ms, p99), deliveries a second, and CPU (us) for each of them."""
+
+    delay: float
+    rate: float
+    cpu: float
+
+
+class Side:
+    """One of the two dispatchers."""
+
+    def __init__(self, dispatcher: Dispatcher, there: Receivers) -> None:
+        self._dispatcher = dispatcher
+        self.fleet = Fleet(dispatcher, there)
+        self.dead: list[str] = []
+
+    async def add_dead(self, case: Case, answering: str, dead: str, path: Path) -> None:
+        """Create endpoints that answered until a moment ago, so that nothing tells them apart, with rows waiting."""
+        create, update = self._dispatcher.endpoints.create, self._dispatcher.endpoints.update
+        for n in range(case.dead):
+            self.dead.append((await create(f"{answering}dead/{n}", events=["dead"])).id)
+        for _ in range(4):
+            await self._dispatcher.emit("dead")
+            await self._dispatcher.drain()
+        for n, id in enumerate(self.dead):
+            await update(id, url=f"{dead}{n}")
+        await self.pause()
+        await asyncio.to_thread(store_waiting, path, self.dead, case.waiting)
+
+    async def pause(self) -> None:
+        """Hold the dead ones."""
+        await asyncio.gather(*(self._dispatcher.endpoints.pause(id) for id in self.dead))
+
+    async def measure(self, case: Case) -> Measured:
+        """Take one turn."""
+        await asyncio.gather(*(self._dispatcher.endpoints.resume(id) for id in self.dead))
+        delay = p99(await self.fleet.stream(case.seconds))
+        cpu = time.process_time()
+        rate = await self.fleet.burst(case.each)
+        cpu = time.process_time() - cpu
+        await self.pause()
+        return Measured(delay, rate, cpu / (case.healthy * case.each) * 1e6)
+
+    async def attempts(self) -> int:
+        """Return how many attempts the dead ones had."""
+        found = [await self._dispatcher.endpoints.stats(id) for id in self.dead]
+        return sum(stats.attempts for stats in found)
+
+
+async def _compare(case: Case, rounds: int, folder: Path) -> tuple[list[Measured], list[Measured], int]:
+    async with AsyncExitStack() as stack:
+        there = await stack.enter_async_context(receivers(1, 1))
+        sides = []
+        for name in ("without", "with"):
+            dispatcher = Dispatcher(
+                f"sqlite:///{folder / name}.db", network=NetworkPolicy.development(), shutdown_timeout=0.2, keys=[]
+            )
+            sides.append(Side(await stack.enter_async_context(dispatcher), there))
+            await sides[-1].fleet.create(case.healthy)
+        without, beside = sides
+        dead = stack.enter_context(refusing()) if case.refusing else there.hanging[0]
+        await beside.add_dead(case, there.answering[0], dead, folder / "with.db")
+        found: tuple[list[Measured], list[Measured]] = ([], [])
+        for number in range(rounds):
+            print(f"  {case.name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            turns = [(without, found[0]), (beside, found[1])]
+            for side, measured in turns if number % 2 == 0 else reversed(turns):
+                measured.append(await side.measure(case))
+        return *found, await beside.attempts()
+
+
+def _tell(report: Report, case: Case, without: list[Measured], beside: list[Measured], attempts: int) -> None:
+    reference = Result("  start delay p99, without", "ms", [measured.delay for measured in without])
+    limit = max(100.0, case.slower * reference.median)
+    delays = [measured.delay for measured in beside]
+    report.results += [reference, Result(f"{case.name}: start delay p99", "ms", delays, target=f"<= {limit:.0f} ms")]
+    report.results.append(Result("  throughput, without", "/s", [measured.rate for measured in without]))
+    report.results.append(Result(f"{case.name}: throughput", "/s", [measured.rate for measured in beside]))
+    pairs = [two.rate / one.rate for one, two in zip(without, beside, strict=True)]
+    report.results[-1].ratio, report.results[-1].reference = statistics.median(pairs), "without"
+    report.results[-1].target = ">= 0.95" if case.dead == 1 else "(no target)"
+    report.results.append(Result("  CPU for each, without", "us", [measured.cpu for measured in without]))
+    report.results.append(Result(f"{case.name}: CPU for each", "us", [measured.cpu for measured in beside]))
+    report.notes.append(f"{case.name}: {case.waiting:,} waited; {attempts:,} attempts at the dead, warm-up included")
 
 
 async def run(*, quick: bool) -> Report:
     """Measure."""
-    report = Report("isolation: start delay of healthy endpoints, emit to the receiver's first byte, p99")
-    cases = CASES[:1] if quick else CASES
-    with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
-        for hanging, total in cases:
-            waiting, seconds = (100, 0.5) if quick else (20_000, 6.0)
-            print(f"  {hanging} of {total} hang", flush=True)
-            alone = await _delays(Path(folder) / f"a{total}.db", 0, total - hanging, 0, seconds)
-            beside = await _delays(Path(folder) / f"b{total}.db", hanging, total, waiting, seconds)
-            limit = max(100.0, 2 * _p99(alone))
-            report.results.append(Result(f"without them, of {total}", "ms p99", [_p99(alone)]))
-            report.results.append(
-                Result(f"{hanging} of {total} hang", "ms p99", [_p99(beside)], target=f"<= {limit:.0f} ms")
-            )
-            report.notes.append(f"{hanging} of {total}: {len(beside)} clocked of {round(seconds * STREAM)}")
+    rounds = 1 if quick else ROUNDS
+    report = Report("isolation: the healthy beside the dead; start delay from emit to the receiver's first byte")
+    for case in QUICK if quick else CASES:
+        with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
+            _tell(report, case, *await _compare(case, rounds, Path(folder)))
+    report.notes.append(f"{rounds} rounds in alternation; the ratio is the median of each round's own")
     return report

@@ -10,9 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NAMES = [
+    "emit",
+    "deliver",
+    "isolation",
+    "history",
+    "gone",
+    "dns",
+    "idle",
+    "imports",
+    "million",
+    "outage",
+    "scale",
+]
 
 
-@pytest.mark.parametrize("name", ["emit", "deliver", "isolation", "history", "gone", "dns", "idle", "imports"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_runs_and_prints_its_reference_and_target(name: str, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks", "run", name, "--quick", "--json", str(file)]
@@ -26,4 +39,16 @@ def test_the_list_names_every_benchmark() -> None:
     command = [sys.executable, "-m", "benchmarks", "list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["emit", "deliver", "isolation", "history", "gone", "dns", "idle", "imports"]
+    assert names == [
+        "emit",
+        "deliver",
+        "isolation",
+        "history",
+        "gone",
+        "dns",
+        "idle",
+        "imports",
+        "million",
+        "outage",
+        "scale",
+    ]

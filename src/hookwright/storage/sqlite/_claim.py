@@ -178,8 +178,9 @@ def _lease_of(
     )
 
 
+# A hold that is over goes: it would be the lane's place in the queue for ever, before all who take turns.
 _MOVE_ON = f"""
-UPDATE hookwright_lane SET due_at = (
+UPDATE hookwright_lane SET hold_until = CASE WHEN hold_until > ?2 THEN hold_until ELSE 0 END, due_at = (
     SELECT CASE WHEN first IS NULL THEN {FOREVER} WHEN first > ?2 THEN first ELSE ?3 END FROM (
         SELECT min(available_at) AS first FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
         WHERE endpoint_id = ?1 AND state = 'pending'
