@@ -202,12 +202,15 @@ def kill_at(harness: Harness, point: Point) -> None:
         campaign.live("drain")
 
 
-def poison(harness: Harness, seconds: float) -> tuple[Picture, int]:
-    """Let an event kill whoever sends it until it has ended; return what is left, and how many it killed."""
+def poison(harness: Harness, **how: float) -> tuple[Picture, int]:
+    """Let an event kill whoever sends it until it has ended; return what is left, and how many it killed.
+
+    `how` it does so, and how it is retried, are fields of the command.
+    """
     with harness.campaign() as campaign:
-        campaign.live("emit poison")
+        campaign.live("emit poison", **how)
         kills = 0
-        while "done" not in campaign.live("poison", seconds=seconds):
+        while "done" not in campaign.live("poison", **how):
             kills += 1
             if kills > 50:
                 raise RuntimeError("the poison does not end")

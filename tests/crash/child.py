@@ -30,7 +30,6 @@ RATE = 200
 TYPES = 24
 """The load has so many event types, with two endpoints each."""
 
-POISON_ATTEMPTS = 2
 NEIGHBOURS = 6
 _RETENTION = timedelta(days=30)
 
@@ -39,7 +38,7 @@ class Command(NamedTuple):
     """What a child is told. `url` ends where an endpoint's own part begins.
 
     `first` is the load's first number; `at` and `after` name a fault point of the life; `seconds` is how long after its
-    request has left a poison kills.
+    request has left a poison kills. `attempts` and `jitter` are the retry policy's.
     """
 
     kind: str
@@ -49,6 +48,8 @@ class Command(NamedTuple):
     at: int = 0
     after: bool = False
     seconds: float = 0.0
+    attempts: int = 50
+    jitter: float = 0.0
 
 
 def wanted(event_id: str) -> set[str]:
@@ -66,10 +67,11 @@ def live(command: Command, say: Say) -> None:
 
 
 @asynccontextmanager
-async def _running(command: Command, say: Say, *, attempts: int = 50, **options: Any) -> AsyncIterator[Dispatcher]:
+async def _running(command: Command, say: Say, **options: Any) -> AsyncIterator[Dispatcher]:
     """Start a dispatcher, say when `start` was called and when it returned, and close it."""
+    retry = RetryPolicy.schedule(*[0.05] * command.attempts, jitter=command.jitter)
     settings: dict[str, Any] = {
-        "profiles": {"default": Profile(retry=RetryPolicy.schedule(*[0.05] * attempts))},
+        "profiles": {"default": Profile(retry=retry)},
         "network": NetworkPolicy.development(),
         "concurrency": CONCURRENCY,
         "endpoint_concurrency": CONCURRENCY,
@@ -191,7 +193,7 @@ class _Poisoned:
 
 
 async def _emit_poison(command: Command, say: Say) -> None:
-    async with _running(command, say, attempts=POISON_ATTEMPTS, deliver=False) as dispatcher:
+    async with _running(command, say, deliver=False) as dispatcher:
         for name in ("poison", *(f"near_{number}" for number in range(NEIGHBOURS))):
             [path] = wanted(f"evt_{name}")
             await dispatcher.endpoints.create(f"{command.url}{path}", events=[f"crash.{name}"])
@@ -201,7 +203,7 @@ async def _emit_poison(command: Command, say: Say) -> None:
 
 async def _poison(command: Command, say: Say) -> None:
     transport = _Poisoned("/poison", command.seconds)
-    async with _running(command, say, attempts=POISON_ATTEMPTS, transport=transport) as dispatcher:
+    async with _running(command, say, transport=transport) as dispatcher:
         while (await dispatcher.health()).pending:
             await asyncio.sleep(0.01)
 

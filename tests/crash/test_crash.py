@@ -21,7 +21,7 @@ from tests.crash.campaign import (
     kill_at_random,
     poison,
 )
-from tests.crash.child import CONCURRENCY, NEIGHBOURS, POISON_ATTEMPTS, Command
+from tests.crash.child import CONCURRENCY, NEIGHBOURS, Command
 from tests.crash.forkserver import forking
 from tests.crash.oracle import Oracle
 from tests.crash.picture import Picture, Row
@@ -70,14 +70,23 @@ def test_a_kill_before_or_after_any_statement_or_send_breaks_no_promise(crash: H
     assert crash.figures.point_kills + crash.figures.points_missed == len(points)
 
 
-def test_an_event_that_kills_whoever_sends_it_ends_and_its_neighbours_are_delivered(crash: Harness) -> None:
-    picture, kills = poison(crash, seconds=0.1)
+def _poisoned(crash: Harness, *, attempts: int, **how: float) -> list[str]:
+    """Return what became of a poison's neighbours, when it has ended as it must."""
+    picture, kills = poison(crash, attempts=attempts, **how)
     rows = {event_id: row for (_, event_id), row in picture.rows.items()}
     ended = rows.pop("evt_poison")
-    assert kills == FREE_INTERRUPTIONS + POISON_ATTEMPTS
+    assert kills == FREE_INTERRUPTIONS + attempts
     assert (ended.state, ended.interruptions, ended.attempts) == ("failed", kills, kills)
-    assert [row.state for row in rows.values()] == ["succeeded"] * NEIGHBOURS
     assert crash.figures.broken == []
+    return [row.state for row in rows.values()]
+
+
+def test_an_event_that_kills_whoever_sends_it_ends_and_its_neighbours_are_delivered(crash: Harness) -> None:
+    assert _poisoned(crash, attempts=2, seconds=0.1) == ["succeeded"] * NEIGHBOURS
+
+
+def test_jitter_parts_deliveries_from_one_that_kills_as_soon_as_they_are_claimed_together(crash: Harness) -> None:
+    assert _poisoned(crash, attempts=6, seconds=0.0, jitter=1.0) == ["succeeded"] * NEIGHBOURS
 
 
 # -- the oracle can fail --------------------------------------------------------------------------------------------
