@@ -125,8 +125,8 @@ class Campaign:
             time.sleep(kill_after)
             child.kill()
         said = child.ended(PATIENCE)
-        if "done" not in said and kill_after is None and kind not in {"script", "poison"}:
-            raise RuntimeError(f"{command} did not end well")
+        failed = [f"{self._prefix} {kind} {line}" for line in said if line.startswith("failed")]
+        self.oracle.broken += [("stuck", line) for line in failed]
         self._hear(said)
         self._look(drained=kind == "drain", killed="done" not in said)
         return said

@@ -6,6 +6,7 @@ and its end-of-file says that the child is dead. The server reaps, and ends (wit
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -72,8 +73,9 @@ def _become(command: Command, pipe: int) -> None:
         status = 0
     except BrokenPipeError:
         pass  # the driver is dead
-    except BaseException:  # noqa: BLE001  # a child must never return into the server's code
+    except BaseException as error:  # noqa: BLE001  # a child must never return into the server's code
         traceback.print_exc()
+        os.write(pipe, f"failed {error!r}\n".encode())
     finally:
         os._exit(status)
 
@@ -90,33 +92,41 @@ class Child:
         self._rest = b""
         self.said: list[str] = []
 
-    def kill(self) -> float:
-        """End it as the out-of-memory killer does; return when."""
+    def kill(self) -> None:
+        """End it as the out-of-memory killer does."""
         os.kill(self._pid, signal.SIGKILL)  # a zombie until the next command, so that the number is still its own
-        return time.monotonic()
 
     def hear(self, word: str, timeout: float) -> bool:
-        """Wait until it has said something that begins with `word`; False: it died first. Raises TimeoutError."""
+        """Wait until it has said something that begins with `word`; False: it died first, or was silent for so long."""
         until = time.monotonic() + timeout
-        while not any(text.startswith(word) for text in self.said):
-            if not self._read(until):
-                return False
-        return True
+        with contextlib.suppress(TimeoutError):
+            while not self._has_said(word) and self._read(until):
+                pass
+        return self._has_said(word)
 
     def ended(self, timeout: float) -> list[str]:
-        """Wait until it is dead, and return all that it said. Raises TimeoutError when it had to be killed."""
-        until = time.monotonic() + timeout
+        """Wait until it is dead, and return all that it said; kill it, and say `failed`, when that takes too long."""
         try:
-            while self._read(until):
-                pass
-        finally:
-            os.close(self._pipe)
+            self._read_all(timeout)
+        except TimeoutError:
+            self.kill()
+            self._read_all(timeout)
+            self.said.append(f"failed to end within {timeout:g} s")
+        os.close(self._pipe)
         return self.said
 
+    def _has_said(self, word: str) -> bool:
+        return any(text.startswith(word) for text in self.said)
+
+    def _read_all(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while self._read(until):
+            pass
+
     def _read(self, until: float) -> bool:
+        """Take what it says; False: it is dead."""
         if not select.select([self._pipe], [], [], max(0.0, until - time.monotonic()))[0]:
-            self.kill()
-            raise TimeoutError(f"a child took too long; it said {self.said[-3:]}")
+            raise TimeoutError
         read = os.read(self._pipe, 65536)
         *lines, self._rest = (self._rest + read).split(b"\n")
         self.said += [line.decode() for line in lines]

@@ -27,6 +27,7 @@ PROMISES = {
     "unrecorded": "requests without an attempt row",
     "interruptions": "interruptions miscounted",
     "integrity": "integrity checks that failed",
+    "stuck": "processes that failed, or did not drain",
     "slow": "resumed later than after 1 s",
 }
 """What can be broken, by the name it has in reports."""

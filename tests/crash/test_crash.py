@@ -143,6 +143,13 @@ def test_what_is_lost_or_repeated_is_noticed(
     assert crash.figures.count(promise) > 0
 
 
+def test_a_process_that_cannot_start_is_noticed(crash: Harness) -> None:
+    with crash.campaign() as campaign:
+        campaign.database.with_name("hooks.db-deliver.lock").mkdir()
+        campaign.live("load", kill_after=0.1)
+    assert crash.figures.count("stuck") == 1
+
+
 LEASED = Row("pending", "token", 0, 0, 0, 0, 0, "active", None)
 DELIVERED = Row("succeeded", None, 1, 0, 1, 0, 1, "active", None)
 
