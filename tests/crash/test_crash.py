@@ -146,7 +146,7 @@ def test_what_is_lost_or_repeated_is_noticed(
 def test_a_process_that_cannot_start_is_noticed(crash: Harness) -> None:
     with crash.campaign() as campaign:
         campaign.database.with_name("hooks.db-deliver.lock").mkdir()
-        campaign.live("load", kill_after=0.1)
+        campaign.live("drain")
     assert crash.figures.count("stuck") == 1
 
 
