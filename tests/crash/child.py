@@ -130,7 +130,7 @@ async def _script(command: Command, say: Say) -> None:
     """Live once, and die at fault point `at`; 0: say all their names."""
 
     def strike() -> None:
-        say(f"struck {points!r}")
+        say(f"struck {command.at} {command.after}")
         kill()
 
     points = Points(strike, at=command.at, after=command.after)
