@@ -1,36 +1,64 @@
-"""`python -m tests.crash --kills 200`: the long form of the crash test."""
+"""`python -m tests.crash --cycles 1000`: the long form. Its exit code says whether every promise was kept."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import itertools
+import random
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tests.crash._child import CONCURRENCY
-from tests.crash._cycle import run
+from tests.crash.campaign import count_points, every_point, harness, kill_at, kill_at_random
+from tests.crash.report import table, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.crash.campaign import Harness, Point
+
+BATCH = 25
+"""Kills of one kind before those of the other."""
+
+
+def run(crash: Harness, cycles: int, chance: random.Random, points: Iterator[Point]) -> None:
+    """Kill so often, at random and at fault points in turn, and say how it goes."""
+    began, told = time.monotonic(), 0
+    while crash.figures.kills < cycles:
+        kill_at_random(crash, min(BATCH, cycles - crash.figures.kills), chance)
+        for point in itertools.islice(points, min(BATCH, cycles - crash.figures.kills)):
+            kill_at(crash, point)
+        figures, seconds = crash.figures, time.monotonic() - began
+        rate = figures.kills / seconds
+        left = (cycles - figures.kills) / rate
+        print(f"{figures.kills}/{cycles} kills, {rate:.1f}/s, {left:.0f} s left, {len(figures.broken)} broken")
+        for promise, how in figures.broken[told : told + 10]:
+            print(f"  BROKEN {promise}: {how}")
+        told = len(figures.broken)
+        sys.stdout.flush()
 
 
 def main() -> int:
-    """Run, print the figures, and say by the exit code whether every promise was kept."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    """Run, print the figures, and write them down where it was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
+    parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hookwright-crash-") as folder:
-        report = asyncio.run(
-            run(Path(folder), kills=options.kills, seed=options.seed, progress=lambda text: print(text, flush=True))
-        )
-    print(f"kill -9                       {report.kills}")
-    print(f"acknowledged events           {len(report.acknowledged)}")
-    print(f"acknowledged and lost         {len(report.lost)}")
-    print(f"stored by half                {len(report.half_done)}")
-    print(f"repeated attempts             {report.repeats}")
-    print(f"in flight at all kills        {sum(report.in_flight)} (at one: at most {max(report.in_flight)})")
-    print(f"concurrency                   {CONCURRENCY}")
-    print(f"integrity_check               {report.integrity}")
-    return 0 if report.good else 1
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="hookwright-crash-") as folder,
+        harness(Path(folder), options.seed) as crash,
+    ):
+        counted = len(count_points(crash))
+        run(crash, options.cycles, random.Random(options.seed), itertools.cycle(every_point(counted)))
+    print(table(crash.figures, counted))
+    if options.report is not None:
+        command = f"python -m tests.crash --cycles {options.cycles} --seed {options.seed}"
+        write(options.report, crash.figures, counted, command, time.monotonic() - began)
+    return 1 if crash.figures.broken else 0
 
 
 if __name__ == "__main__":
