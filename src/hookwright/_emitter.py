@@ -71,6 +71,9 @@ class Emitter:
                 receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
+            except BaseException:
+                self._on_stored()  # cancelled or failed, it may be stored all the same: nobody else would send it
+                raise
             else:
                 self._tell_emitted(event, receipt)
                 return receipt
@@ -91,6 +94,9 @@ class Emitter:
                 receipts = await self._storage.enqueue_many(emissions, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
+            except BaseException:
+                self._on_stored()  # cancelled or failed, it may be stored all the same: nobody else would send it
+                raise
             else:
                 for emission, receipt in zip(emissions, receipts, strict=True):
                     self._tell_emitted(emission.event, receipt)

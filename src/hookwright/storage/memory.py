@@ -70,14 +70,21 @@ class MemoryStorage(MemoryHistory):
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""
-        self._now()
+        now = self._now()
         if not self._acquired:
             self._acquired = True
-            for lane in self._lanes.values():
+            for endpoint_id, lane in self._lanes.items():
                 lane.earned = 0
+                self._limit_rate(endpoint_id, lane, now)
                 for row in lane.rows.values():
                     row.available_at = row.available_at if row.token is None else 0
         return True
+
+    def _limit_rate(self, endpoint_id: str, lane: MemoryLane, now: int) -> None:
+        # The clock may have been set back since: a rate limit never closes a lane for longer than its interval.
+        interval = rate_interval(self._endpoints[endpoint_id])
+        too_long = 0 if interval is None else max(0, lane.rate_until - now - interval)
+        lane.rate_at, lane.rate_until = lane.rate_at - too_long, lane.rate_until - too_long
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 
@@ -290,6 +297,8 @@ class MemoryStorage(MemoryHistory):
                 if left == 0:
                     return True
                 if row.token is None or row.available_at <= now:
+                    if row.token is not None:
+                        interrupt(row, now)
                     self._end(row, lane.sweep, now)
                     left -= 1
             if not lane.rows and lane.sweep is DeliveryState.CANCELLED:
