@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 STEPS = 60
 
-_TYPES = ("video.ready", "video.failed", "video", "export.done", "videos.ready")
-_PATTERNS = (["*"], ["*"], ["video.*"], ["video.ready"], ["export.*", "video"], ["video.ready", "*"])
-_TENANTS = (None, None, None, None, "one", "two")
-_FILTERS: tuple[Any, ...] = (
+Action = tuple[str, "Callable[[Dispatcher], Any]"]
+
+TYPES = ("video.ready", "video.failed", "video", "export.done", "videos.ready")
+PATTERNS = (["*"], ["*"], ["video.*"], ["video.ready"], ["export.*", "video"], ["video.ready", "*"])
+TENANTS = (None, None, None, None, "one", "two")
+FILTERS: tuple[Any, ...] = (
     None,
     None,
     None,
@@ -41,14 +43,14 @@ _FILTERS: tuple[Any, ...] = (
     {"index": [1]},
     {"flag": [True], "index": ["a"]},
 )
-_ATTRIBUTES: tuple[Any, ...] = (
+ATTRIBUTES: tuple[Any, ...] = (
     (),
     (("index", ("a",)),),
     (("index", (1, "b")), ("flag", (True,))),
     (("index", (True,)),),
 )
-_JUMPS = (0.0, 0.0, 0.0, 0.0, 30.0, -30.0, HOUR, -HOUR, 24 * HOUR, -24 * HOUR)
-_SPANS = (0.1, 1.0, 5.0, 15.0, 61.0, 600.0, 2 * HOUR, 12 * HOUR)
+JUMPS = (0.0, 0.0, 0.0, 0.0, 30.0, -30.0, HOUR, -HOUR, 24 * HOUR, -24 * HOUR)
+SPANS = (0.1, 1.0, 5.0, 15.0, 61.0, 600.0, 2 * HOUR, 12 * HOUR)
 
 
 @dataclass
@@ -171,22 +173,22 @@ class Fate:
     async def _subscribe(self) -> None:
         chance = self._chance
         options: dict[str, Any] = {
-            "tenant": chance.choice((*_TENANTS, ALL_TENANTS)),
-            "filters": chance.choice(_FILTERS),
+            "tenant": chance.choice((*TENANTS, ALL_TENANTS)),
+            "filters": chance.choice(FILTERS),
             "concurrency": chance.choice((None, None, 1, 2, 6)),
             "rate_limit": chance.choice((None, None, None, 0.5, 5.0)),
             "profile": chance.choice(("default", "default", "patient")),
         }
-        self._world.subscribe(self._which(), chance.choice(_PATTERNS), **options)
+        self._world.subscribe(self._which(), chance.choice(PATTERNS), **options)
 
     def _draw(self) -> Intent:
         chance = self._chance
         if self._told and chance.random() < 0.15:
             return chance.choice(self._told)
         intent = self._world.intent(
-            chance.choice(_TYPES),
-            tenant=chance.choice(_TENANTS),
-            attributes=chance.choice(_ATTRIBUTES),
+            chance.choice(TYPES),
+            tenant=chance.choice(TENANTS),
+            attributes=chance.choice(ATTRIBUTES),
             key=f"key {chance.randrange(20)}" if chance.random() < 0.2 else None,
             event_id=f"own_{chance.randrange(20)}" if chance.random() < 0.2 else None,
             endpoint_id=self._endpoint() if chance.random() < 0.1 else None,
@@ -214,52 +216,33 @@ class Fate:
             self._world.behave(self._chance.choice(urls), self._chance.choice((*BEHAVIOURS, "200", "200")), asks)
 
     async def _advance(self) -> None:
-        await self._world.advance(self._chance.choice(_SPANS), self._chance.choice((2, 10, 25, 40)))
+        await self._world.advance(self._chance.choice(SPANS), self._chance.choice((2, 10, 25, 40)))
 
     async def _by_hand(self) -> None:
         id, endpoint_id = self._row(), self._endpoint()
         if id is None or endpoint_id is None:
             return
-        force = self._chance.random() < 0.3
-        actions: list[tuple[str, Callable[[Dispatcher], Any]]] = [
-            (f"retry {id} force={force}", lambda dispatcher: dispatcher.deliveries.retry(id, force=force)),
-            (f"cancel {id}", lambda dispatcher: dispatcher.deliveries.cancel(id)),
-            ("replay", lambda dispatcher: dispatcher.deliveries.replay()),
-            (f"replay {endpoint_id}", lambda dispatcher: dispatcher.deliveries.replay(endpoint_id=endpoint_id)),
-            (
-                f"cancel all of {endpoint_id}",
-                lambda dispatcher: dispatcher.deliveries.cancel_all(endpoint_id=endpoint_id),
-            ),
-        ]
+        actions = [*of_row(id, force=self._chance.random() < 0.3), *of_all(endpoint_id)]
         self._world.act(self._which(), *self._chance.choices(actions, (6, 4, 1, 2, 1))[0])
 
     async def _change_state(self) -> None:
-        id = self._endpoint()
-        if id is None:
-            return
-        actions: list[tuple[str, Callable[[Dispatcher], Any]]] = [
-            (f"pause {id}", lambda dispatcher: dispatcher.endpoints.pause(id)),
-            (f"resume {id}", lambda dispatcher: dispatcher.endpoints.resume(id)),
-            (f"disable {id}", lambda dispatcher: dispatcher.endpoints.disable(id)),
-            (f"enable {id}", lambda dispatcher: dispatcher.endpoints.enable(id)),
-            (f"delete {id}", lambda dispatcher: dispatcher.endpoints.delete(id)),
-        ]
-        self._world.act(self._which(), *self._chance.choices(actions, (4, 5, 2, 4, 1))[0])
+        await self._change(4, 5, 2, 4, 1, 0, 0, 0, 0)
 
     async def _change_endpoint(self) -> None:
+        await self._change(0, 0, 0, 0, 0, 1, 1, 1, 1)
+
+    async def _change(self, *weights: int) -> None:
         id = self._endpoint()
         if id is None:
             return
-        url, events = self._world.new_url(), self._chance.choice(_PATTERNS)
-        cap = self._chance.choice((None, 1, 5))
-        overlap = self._chance.choice((0.0, 30.0, HOUR))
-        actions: list[tuple[str, Callable[[Dispatcher], Any]]] = [
-            (f"update {id} {url}", lambda dispatcher: dispatcher.endpoints.update(id, url=url)),
-            (f"update {id} {events}", lambda dispatcher: dispatcher.endpoints.update(id, events=events)),
-            (f"update {id} concurrency={cap}", lambda dispatcher: dispatcher.endpoints.update(id, concurrency=cap)),
-            (f"rotate {id} {overlap}", lambda dispatcher: _rotate(dispatcher, id, overlap)),
-        ]
-        self._world.act(self._which(), *self._chance.choice(actions))
+        actions = of_endpoint(
+            id,
+            url=self._world.new_url(),
+            events=self._chance.choice(PATTERNS),
+            cap=self._chance.choice((None, 1, 5)),
+            overlap=self._chance.choice((0.0, 30.0, HOUR)),
+        )
+        self._world.act(self._which(), *self._chance.choices(actions, weights)[0])
 
     async def _trouble(self) -> None:
         self._world.trouble(
@@ -271,7 +254,7 @@ class Fate:
             await self._emit()
         await turns(self._chance.randrange(30))
         concurrency = self._chance.choice((1, 2, 4, 8))
-        await self._world.crash(self._which(), jump=self._chance.choice(_JUMPS), concurrency=concurrency)
+        await self._world.crash(self._which(), jump=self._chance.choice(JUMPS), concurrency=concurrency)
 
     async def _crash_again_and_again(self) -> None:
         for _ in range(self._chance.randint(2, 6)):
@@ -285,9 +268,39 @@ class Fate:
         await self._world.restart(self._which(), concurrency=concurrency, shutdown_timeout=patience)
 
     async def _jump(self) -> None:
-        self._world.jump(self._chance.choice(_JUMPS))
+        self._world.jump(self._chance.choice(JUMPS))
 
 
-async def _rotate(dispatcher: Dispatcher, endpoint_id: str, overlap: float) -> None:
+def of_endpoint(id: str, *, url: str, events: list[str], cap: int | None, overlap: float) -> list[Action]:
+    """Return what can be done to an endpoint: five states, four changes."""
+    return [
+        (f"pause {id}", lambda dispatcher: dispatcher.endpoints.pause(id)),
+        (f"resume {id}", lambda dispatcher: dispatcher.endpoints.resume(id)),
+        (f"disable {id}", lambda dispatcher: dispatcher.endpoints.disable(id)),
+        (f"enable {id}", lambda dispatcher: dispatcher.endpoints.enable(id)),
+        (f"delete {id}", lambda dispatcher: dispatcher.endpoints.delete(id)),
+        (f"update {id} {url}", lambda dispatcher: dispatcher.endpoints.update(id, url=url)),
+        (f"update {id} {events}", lambda dispatcher: dispatcher.endpoints.update(id, events=events)),
+        (f"update {id} concurrency={cap}", lambda dispatcher: dispatcher.endpoints.update(id, concurrency=cap)),
+        (
+            f"rotate {id} {overlap}",
+            lambda dispatcher: dispatcher.endpoints.rotate_secret(id, overlap=timedelta(seconds=overlap)),
+        ),
+    ]
 
-    await dispatcher.endpoints.rotate_secret(endpoint_id, overlap=timedelta(seconds=overlap))
+
+def of_row(id: str, *, force: bool) -> list[Action]:
+    """Return what can be done to a delivery, and to all that ended without success."""
+    return [
+        (f"retry {id} force={force}", lambda dispatcher: dispatcher.deliveries.retry(id, force=force)),
+        (f"cancel {id}", lambda dispatcher: dispatcher.deliveries.cancel(id)),
+        ("replay", lambda dispatcher: dispatcher.deliveries.replay()),
+    ]
+
+
+def of_all(endpoint_id: str) -> list[Action]:
+    """Return what can be done to all deliveries of an endpoint."""
+    return [
+        (f"replay {endpoint_id}", lambda dispatcher: dispatcher.deliveries.replay(endpoint_id=endpoint_id)),
+        (f"cancel {endpoint_id}", lambda dispatcher: dispatcher.deliveries.cancel_all(endpoint_id=endpoint_id)),
+    ]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from hookwright import Dispatcher, Transport
+    from tests.simulation._model import Row
 
 _RELIEF = 100
 _STARTS = 12
@@ -278,7 +279,13 @@ class World:
             for row in self.model.rows.values()
             if row.state is DeliveryState.PENDING
             and self.model.endpoints[row.endpoint_id].now.state is not EndpointState.PAUSED
+            and not self._unswept(row)
         ]
+
+    def _unswept(self, row: Row) -> bool:
+        # Nothing asks for another sweep when the lease of a stopped endpoint's row ends that nobody works on: the row
+        # waits until an endpoint changes, or for the next start.
+        return self.model.endpoints[row.endpoint_id].stopped is not None and row.token in self.leases.lost
 
     async def _until_all_ended(self) -> None:
         process = next(process for process in self.processes if process.deliver)
