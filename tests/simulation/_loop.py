@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 JUMPS_MOST = 20_000
 """Jumps of the idle loop between two looks of the scheduler; more of them mean that nothing will ever come."""
 
+TURNS_MOST = 20_000
+"""Turns after which whatever still runs will never end."""
+
 owner: ContextVar[int] = ContextVar("owner", default=0)
 """The number of the process on whose behalf the current task runs; 0 is the world itself."""
 
@@ -53,6 +56,11 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.time
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing else can run, now that the caller does."""
+        return not self._ready  # type: ignore[attr-defined]  # a deque, in every version of BaseEventLoop
+
     def skip(self, seconds: float) -> None:
         """Let so much time pass at once; the world is awake, so what was idle before counts no more."""
         self._virtual.time += seconds
@@ -77,7 +85,25 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
+def simulated() -> SimulatedLoop:
+    """Return the running loop."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SimulatedLoop)
+    return loop
+
+
 async def turns(count: int) -> None:
     """Give the loop so many turns."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def turns_until_idle(most: int = TURNS_MOST) -> None:
+    """Give the loop turns for as long as anything can run, at most so many. Raises StandstillError after TURNS_MOST."""
+    loop = simulated()
+    for _ in range(most):
+        await asyncio.sleep(0)
+        if loop.idle:
+            return
+    if most == TURNS_MOST:
+        raise StandstillError("something runs and runs, and no time passes")

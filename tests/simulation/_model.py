@@ -235,6 +235,8 @@ class Model:
             found = storage._rows.get(row.id)
             if found is None:
                 continue
+            if row.token is not None:
+                self.require(found.available_at == row.until, f"{row.id} is leased until {found.available_at}")
             has = (found.state, found.token, len(found.attempts), found.interruptions, found.endpoint_id)
             should = (row.state, row.token, len(row.attempts), row.interruptions, row.endpoint_id)
             self.require(has == should, f"{row.id} is {has}, and not {should} ({row.why})")

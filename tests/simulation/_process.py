@@ -19,7 +19,7 @@ from hookwright import (
     WorkerFailed,
 )
 from hookwright._clock import Clock
-from tests.simulation._loop import SimulatedLoop, owner, turns
+from tests.simulation._loop import owner, simulated, turns
 from tests.simulation._port import Port, storage_through
 from tests.simulation._receivers import Wire
 from tests.simulation._rules import DISABLE_AFTER, ENDPOINT_CONCURRENCY, LEASE, RETENTION, profiles
@@ -118,8 +118,7 @@ class Process:
         """End now: nothing that it still does reaches anything."""
         self.alive = False
         self.wire.die()
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, SimulatedLoop)
+        loop = simulated()
         await turns(3)  # what was made but not begun must begin, or it would complain
         for _ in range(_UNWINDING):
             tasks = loop.tasks_of(self.number)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from hookwright import ALL_TENANTS, _ids, _secret
 from tests.simulation import _loop
-from tests.simulation._loop import StandstillError, turns
+from tests.simulation._loop import StandstillError, turns_until_idle
 from tests.simulation._model import Violation
 from tests.simulation._receivers import BEHAVIOURS
 from tests.simulation._rules import HOUR
@@ -150,12 +150,12 @@ class Fate:
             await self._world.start(deliver=False)
         for _ in range(chance.randint(1, 4)):
             await self._subscribe()
-        await turns(60)
+        await turns_until_idle(60)
 
     async def step(self) -> None:
         """Let one thing happen, and then give it some time to be done, or none."""
         await self._chance.choices(self._choices, self._weights)[0]()
-        await turns(self._chance.choice((0, 1, 3, 8, 20, 60)))
+        await turns_until_idle(self._chance.choice((0, 1, 3, 8, 20, 60)))
 
     # -- what can happen ------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Fate:
     async def _begin_and_cancel(self) -> None:
         actions = (self._emit, self._emit, self._by_hand, self._change_state, self._change_endpoint, self._subscribe)
         await self._chance.choice(actions)()
-        await turns(self._chance.randrange(16))
+        await turns_until_idle(self._chance.randrange(16))
         self._world.cancel_latest()
 
     async def _behave(self) -> None:
@@ -252,7 +252,7 @@ class Fate:
     async def _crash(self) -> None:
         if self._chance.random() < 0.5:
             await self._emit()
-        await turns(self._chance.randrange(30))
+        await turns_until_idle(self._chance.randrange(30))
         concurrency = self._chance.choice((1, 2, 4, 8))
         await self._world.crash(self._which(), jump=self._chance.choice(JUMPS), concurrency=concurrency)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +22,7 @@ from hookwright import (
 from hookwright._clock import to_datetime
 from hookwright.testing import VirtualClock
 from tests.simulation._leases import Leases
-from tests.simulation._loop import SimulatedLoop, turns
+from tests.simulation._loop import simulated, turns_until_idle
 from tests.simulation._model import Model, Violation
 from tests.simulation._port import Disk
 from tests.simulation._process import Process
@@ -31,6 +30,7 @@ from tests.simulation._receivers import Behaviour, Receivers
 from tests.simulation._rules import TIMEOUT, Intent
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable, Sequence
 
     from hookwright import Dispatcher, Transport
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 _RELIEF = 100
 _STARTS = 12
-_QUIET = 60
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,9 @@ class World:
     async def advance(self, seconds: float, busy: int | None = None) -> None:
         """Let time pass, for the clock and the loop alike; `busy` turns for each timer are few for a slow machine."""
         self._say(f"{seconds:g} s pass")
-        settle = self._quiet if busy is None else partial(turns, busy)
+        settle = turns_until_idle if busy is None else partial(turns_until_idle, busy)
         await self.base.advance(seconds, settle=settle)
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, SimulatedLoop)
-        loop.skip(seconds)
+        simulated().skip(seconds)
         await settle()
 
     def jump(self, seconds: float) -> None:
@@ -301,13 +298,6 @@ class World:
             step = min(left, 600.0)
             await self.advance(step)
             left -= step
-
-    async def _quiet(self) -> None:
-        """Give the loop turns until nothing happens any more at this time."""
-        before = -1
-        while before < len(self.lines):
-            before = len(self.lines)
-            await turns(_QUIET)
 
     def _check_all_ended(self) -> None:
         waiting = self._waiting()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from hookwright import ALL_TENANTS
-from tests.simulation._loop import SimulatedLoop, turns
+from tests.simulation._loop import SimulatedLoop, turns_until_idle
 from tests.simulation._model import Violation
 from tests.simulation._receivers import BEHAVIOURS
 from tests.simulation._rules import HOUR
@@ -61,7 +61,7 @@ class Machine(RuleBasedStateMachine):
         return self.world
 
     async def _look(self, count: int) -> None:
-        await turns(count)
+        await turns_until_idle(count)
         self.there.check()
 
     @initialize(seed=st.integers(0, 2**16), two=st.booleans(), concurrency=st.sampled_from((1, 2, 8)))
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
         async def act() -> None:
             self.there.emit(which, [self.there.intent(type, **options) for _ in range(copies)])
             if cancelled_after is not None:
-                await turns(cancelled_after)
+                await turns_until_idle(cancelled_after)
                 self.there.cancel_latest()
             await self._look(count)
 
@@ -158,7 +158,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=WHICH, jump=st.sampled_from(JUMPS), concurrency=st.sampled_from((1, 8)), count=TURNS)
     def crash(self, which: int, jump: float, concurrency: int, count: int) -> None:
         async def act() -> None:
-            await turns(count)
+            await turns_until_idle(count)
             await self.there.crash(which, jump=jump, concurrency=concurrency)
             await self._look(0)
 
