@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import pytest
 
-from hookwright import DeliveryState, Failure, MemoryStorage
-from hookwright._matching import EndpointCache
-from hookwright._worker import Worker, _Pass
+from hookwright import DeliveryState, Failure, MemoryStorage, StorageError
+from hookwright._delivery import Deliverer
+from hookwright._matching import CachedEndpoint, EndpointCache
+from hookwright._worker import Worker
+from tests.simulation._port import Port
 from tests.simulation._simulate import simulate
 from tests.simulation._world import Parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hookwright import Request, Response, Transport
+    from hookwright import Request, Response, Secret, Transport
     from hookwright._health import HealthPolicy
     from hookwright._models import Claim, EventRow, Lease, NewDelivery, Outcome, Receipt, Settled
     from hookwright.storage._base import ClaimRequest
@@ -127,6 +131,21 @@ class Hopeful(MemoryStorage):
         return await super().settle(kept, *policy)
 
 
+class Grudging(MemoryStorage):
+    """Keeps the leases of the dead."""
+
+    async def acquire(self) -> bool:
+        self._acquired = True
+        return True
+
+
+class Crowded(MemoryStorage):
+    """Does not count what is in flight."""
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        return await super().claim(request._replace(in_flight={}))
+
+
 class Echo:
     """Sends everything twice."""
 
@@ -163,6 +182,8 @@ BROKEN: dict[str, Parts] = {
     "shutdowns cost attempts": Parts(storage=Greedy),
     "410 does not disable": Parts(storage=Stubborn),
     "spent deliveries are tried again": Parts(storage=Hopeful),
+    "leases of the dead are kept": Parts(storage=Grudging),
+    "what is in flight takes no room": Parts(storage=Crowded),
     "everything is sent twice": Parts(around=Echo),
     "refusals are recorded as successes": Parts(around=Liar),
     "bodies are changed after they were signed": Parts(around=Meddler),
@@ -183,9 +204,18 @@ def test_broken_parts_are_found_within_a_few_seeds(parts: Parts) -> None:
     assert found(parts)
 
 
-def _gives_up(worker: Worker, error: Exception) -> _Pass:
-    worker._stopping = True
-    return _Pass(idle=False, delay=None)
+_call = Port.call
+_sulking: WeakSet[Port] = WeakSet()
+
+
+async def _sulks(port: Port, name: str, arguments: Any, options: Any) -> Any:
+    if name == "claim" and port in _sulking:
+        await asyncio.Event().wait()
+    try:
+        return await _call(port, name, arguments, options)
+    except StorageError:
+        _sulking.add(port)
+        raise
 
 
 async def _not_refreshed(worker: Worker, claim: Claim) -> None:
@@ -197,10 +227,17 @@ async def _matches_nothing_new(cache: EndpointCache, seen: int) -> bool:
     return False
 
 
+def _all_secrets(endpoint: CachedEndpoint, now: int) -> list[Secret]:
+    return [secret for secret, _ in endpoint.secrets]
+
+
 MUTATIONS: dict[str, tuple[type, str, Callable[..., Any]]] = {
-    "a worker that never claims again after an error": (Worker, "_back_off", _gives_up),
+    "a worker that never claims again after an error": (Port, "call", _sulks),
     "a worker that sends what it knew before an endpoint changed": (Worker, "_refresh_endpoints", _not_refreshed),
     "a worker that is not told of new events": (Worker, "wake", lambda worker: None),
+    "a worker that sends on leases about to end": (Deliverer, "_lease_covers", lambda deliverer, lease, request: True),
+    "secrets that never end": (CachedEndpoint, "live_secrets", _all_secrets),
+    "matching that does not look at tenants": (CachedEndpoint, "wants", lambda endpoint, tenant, attributes: True),
     "an emitter that does not see new endpoints": (EndpointCache, "refresh", _matches_nothing_new),
 }
 
