@@ -51,6 +51,7 @@ class Leases:
         self.delivering: Holder | None = None
         self.lost: set[str] = set()
         """Tokens that nobody works on: what claimed them was not told, or they could not be given back."""
+        self.sweep_missed = False
 
     def acquired(self, process: Holder) -> None:
         """A process may deliver: what the one before it had leased is free."""
@@ -208,6 +209,7 @@ class Leases:
 
     def swept(self, now: int) -> None:
         """The rows of stopped endpoints ended, but for those that are leased."""
+        self.sweep_missed = False
         for row in self._model.rows.values():
             state = self._model.endpoints[row.endpoint_id].stopped
             if state is None or row.state is not DeliveryState.PENDING:

@@ -190,6 +190,8 @@ class Port:
             self.disk.leases.never_told(result)
         if name == "release" and not applied:
             self.disk.leases.not_released(arguments[0])
+        if name == "sweep" and not applied:
+            self.disk.leases.sweep_missed = True
 
 
 def storage_through(port: Port) -> Storage:
