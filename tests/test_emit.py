@@ -20,11 +20,13 @@ from hookwright import (
     DeliveryState,
     Dispatcher,
     EventEmitted,
+    NewEvent,
     NotFound,
+    StorageBusy,
     ValidationFailed,
 )
 from hookwright.testing import FakeTransport, VirtualClock
-from tests.conftest import URL
+from tests.conftest import URL, until
 
 
 class Processed(pydantic.BaseModel):
@@ -267,3 +269,24 @@ async def test_a_process_that_does_not_deliver_emits_and_reads(sqlite_url: str) 
         assert await dispatcher.deliveries.count(status=DeliveryState.PENDING) == 1
         with pytest.raises(ConfigurationError, match="does not deliver"):
             await dispatcher.drain()
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_an_event_is_sent_though_its_emit_failed_after_it_was_stored(
+    storage_url: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = FakeTransport()
+    async with Dispatcher(storage_url, transport=transport) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.drain(timeout=10)
+        verb = "enqueue_many" if many else "enqueue"
+        enqueue = getattr(dispatcher._storage, verb)
+
+        async def failing(*arguments: Any, **options: Any) -> None:
+            await enqueue(*arguments, **options)
+            raise StorageBusy("it was committed, but nobody heard of it")
+
+        monkeypatch.setattr(dispatcher._storage, verb, failing)
+        with pytest.raises(StorageBusy):
+            await (dispatcher.emit_many([NewEvent("video.ready")]) if many else dispatcher.emit("video.ready"))
+        await until(lambda: transport.requests)

@@ -428,3 +428,32 @@ async def test_bad_input_is_refused_with_what_would_be_right(
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         Dispatcher("memory:", **options)
+
+
+@pytest.mark.parametrize("verb", ["requeue", "set_endpoint_state"])
+async def test_what_was_let_go_by_hand_is_sent_though_that_failed_after_it_took_effect(
+    storage_url: str, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = FakeTransport()
+    async with Dispatcher(storage_url, transport=transport) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.endpoints.pause(endpoint.id)
+        receipt = await dispatcher.emit("video.ready")
+        [delivery] = await dispatcher.deliveries.list(event_id=receipt.event_id)
+        if verb == "requeue":
+            await dispatcher.deliveries.cancel(delivery.id)
+            await dispatcher.endpoints.resume(endpoint.id)
+        await dispatcher.drain(timeout=10)
+        change = getattr(dispatcher._storage, verb)
+
+        async def failing(*arguments: Any, **options: Any) -> None:
+            await change(*arguments, **options)
+            raise StorageBusy("it was committed, but nobody heard of it")
+
+        monkeypatch.setattr(dispatcher._storage, verb, failing)
+        with pytest.raises(StorageBusy):
+            if verb == "requeue":
+                await dispatcher.deliveries.retry(delivery.id)
+            else:
+                await dispatcher.endpoints.resume(endpoint.id)
+        await until(lambda: transport.requests)

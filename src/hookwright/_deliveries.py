@@ -133,10 +133,15 @@ class Deliveries:
         delivery = await self.get(delivery_id, tenant=tenant)
         if delivery.state is DeliveryState.SUCCEEDED and not force:
             raise ConflictError(f"delivery {delivery_id} has succeeded: to send it again, give force=True")
-        if not await self._storage.requeue([delivery_id], [delivery.state]):
+        if not await self._requeue([delivery_id], [delivery.state]):
             raise ConflictError(await self._why_not(delivery))
-        self._on_requeued()
         return await self._storage.get_delivery(delivery_id)
+
+    async def _requeue(self, delivery_ids: builtins.list[str], states: Sequence[DeliveryState]) -> int:
+        try:
+            return await self._storage.requeue(delivery_ids, states)
+        finally:
+            self._on_requeued()  # cancelled or failed, it may be done all the same: nobody else would send them
 
     async def _why_not(self, delivery: Delivery) -> str:
         event = await self._storage.get_event(delivery.event_id)
@@ -195,9 +200,7 @@ class Deliveries:
                 raise ConflictError(f"endpoint {endpoint_id} is disabled: enable it first")
 
         async def again(ids: builtins.list[str]) -> int:
-            requeued = await self._storage.requeue(ids, states)
-            self._on_requeued()
-            return requeued
+            return await self._requeue(ids, states)
 
         return await self._in_batches(again, _filter(status, endpoint_id, event_id, event_type, since, until, tenant))
 

@@ -74,8 +74,8 @@ class Emitter:
                 receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
-            except StorageError as error:
-                self._not_stored(error)
+            except BaseException as error:
+                self._not_told(error)
                 raise
             else:
                 self._conditions.over("emit")
@@ -98,8 +98,8 @@ class Emitter:
                 receipts = await self._storage.enqueue_many(emissions, endpoints_revision=revision)
             except StaleEndpoints:
                 await self._match_again(revision)
-            except StorageError as error:
-                self._not_stored(error)
+            except BaseException as error:
+                self._not_told(error)
                 raise
             else:
                 self._conditions.over("emit")
@@ -112,8 +112,11 @@ class Emitter:
         available_at = 0 if new.deliver_at is None else max(0, from_datetime(check_aware("deliver_at", new.deliver_at)))
         return _Emitting(event, attributes, new.endpoint_id, available_at)
 
-    def _not_stored(self, error: StorageError) -> None:
-        self._conditions.passing("emit", "an event could not be stored", error)
+    def _not_told(self, error: BaseException) -> None:
+        """It was cancelled or failed, and may be stored all the same: then nobody else would send it."""
+        self._on_stored()
+        if isinstance(error, StorageError):
+            self._conditions.passing("emit", "an event could not be stored", error)
 
     async def _match_again(self, revision: int) -> None:
         # An endpoint that was created before this emit began is never missed, whichever process created it.

@@ -381,15 +381,19 @@ class Endpoints:
     async def delete(self, endpoint_id: str, *, tenant: str | None = None) -> None:
         """Remove it: its history stays, what waits is cancelled (soon after, in batches). Raises NotFound."""
         await self._row(endpoint_id, tenant)
-        await self._storage.delete_endpoint(endpoint_id)
-        self._changed()
+        try:
+            await self._storage.delete_endpoint(endpoint_id)
+        finally:
+            self._changed()
 
     async def _set_state(
         self, endpoint_id: str, state: EndpointState, reason: str | None, tenant: str | None
     ) -> Endpoint:
         await self._row(endpoint_id, tenant)
-        row = await self._storage.set_endpoint_state(endpoint_id, state, reason=reason)
-        self._changed()
+        try:
+            row = await self._storage.set_endpoint_state(endpoint_id, state, reason=reason)
+        finally:
+            self._changed()  # cancelled or failed, it may be done all the same: nobody else would sweep or send
         return self._shown(row)
 
     async def _replace(self, row: EndpointRow) -> EndpointRow:
@@ -399,9 +403,10 @@ class Endpoints:
         """
         new = self._vault.readable(row)
         self._check_profile(new)
-        stored = await self._storage.update_endpoint(self._vault.sealed(new))
-        self._changed()
-        return stored
+        try:
+            return await self._storage.update_endpoint(self._vault.sealed(new))
+        finally:
+            self._changed()
 
     def _check_readable(self, row: EndpointRow) -> None:
         try:

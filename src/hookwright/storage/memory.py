@@ -71,7 +71,7 @@ class MemoryStorage(MemoryHistory):
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""
-        self._now()
+        now = self._now()
         if not self._acquired:
             self._acquired = True
             for endpoint_id, lane in self._lanes.items():
@@ -300,6 +300,8 @@ class MemoryStorage(MemoryHistory):
                 if left == 0:
                     return True
                 if row.token is None or row.available_at <= now:
+                    if row.token is not None:
+                        interrupt(row, now)
                     self._end(row, lane.sweep, now)
                     left -= 1
             if not lane.rows and lane.sweep is DeliveryState.CANCELLED:
