@@ -55,6 +55,9 @@ LEASE_SLACK = 5.0
 UNUSABLE_HOLD = 60.0
 """Seconds for which an endpoint waits whose profile, key or signer cannot be used."""
 
+SPREAD_MOST = 60.0
+"""Seconds over which deliveries are spread at most that were interrupted too often: 2, doubled each time."""
+
 LOCAL_HOLD = 1.0
 """Seconds for which an endpoint waits when this machine had no descriptor or port left for it."""
 
@@ -65,7 +68,7 @@ ENDPOINT_HOLD_MOST = HOLD_MOST / SECOND
 """Seconds for which `Retry-After` closes a whole endpoint at most; the delivery itself waits as long as it says."""
 
 _THROTTLING = frozenset([429, 502, 503, 504])
-_THROTTLING_FAILURES = frozenset(["timeout", "connect_timeout"])
+_THROTTLING_FAILURES = frozenset(["timeout", "connect_timeout", "connect_error", "dns_error", "tls_error"])
 
 _SETTLE_AGAIN = 1.0
 """Seconds between tries to write a result while the storage cannot take it."""
@@ -125,7 +128,7 @@ class Deliverer:
         if not isinstance(prepared, Prepared):
             return await self._without_request(lease, prepared)
         if not self._lease_covers(lease, prepared.request):
-            await self._storage.release([lease])
+            await self._release(lease)
             return None
         sent = await self._send(lease, prepared.request)
         if isinstance(sent.answer, Failure) and sent.answer.code == "local_error":
@@ -177,7 +180,9 @@ class Deliverer:
             return None
         verdict = self._judged(lease, profile, Failure("interrupted"), attempt=lease.spent)
         if isinstance(verdict, Retry):
-            return self._ended_unsent(lease, DeliveryState.PENDING, None, verdict.delay)
+            # Which of those that were in flight together kills us is not known: spread, they are not together again.
+            spread = min(SPREAD_MOST, 2.0 ** (lease.interruptions - FREE_INTERRUPTIONS)) * self._random.random()
+            return self._ended_unsent(lease, DeliveryState.PENDING, None, verdict.delay + round(spread * SECOND))
         return self._ended_unsent(lease, DeliveryState.FAILED, None)
 
     def _ended_unsent(
@@ -202,7 +207,7 @@ class Deliverer:
         if why.reason is not None and self._warned.get(lease.endpoint_id) != why.reason:
             self._warned[lease.endpoint_id] = why.reason
             _logger.warning("endpoint %s waits, it cannot be sent to: %s", lease.endpoint_id, why.reason)
-        await self._storage.release([lease], hold=round(UNUSABLE_HOLD * SECOND))
+        await self._release(lease, hold=UNUSABLE_HOLD)
         return None
 
     @property
@@ -240,7 +245,15 @@ class Deliverer:
         """Give the lease back: it is this machine that could not send, which says nothing of the endpoint."""
         self._conditions.passing("send", f"attempts cannot be made from here: {failure.detail}")
         self._observers.report(WorkerFailed(error=f"local_error: {failure.detail}", retry_in=LOCAL_HOLD))
-        await self._storage.release([lease], hold=round(LOCAL_HOLD * SECOND))
+        await self._release(lease, hold=LOCAL_HOLD)
+
+    async def _release(self, lease: Lease, hold: float = 0.0) -> None:
+        try:
+            await self._storage.release([lease], hold=round(hold * SECOND))
+        except StorageClosed:
+            raise
+        except StorageError as error:  # it ends by itself
+            _logger.warning("a lease could not be given back: %s", error)
 
     # -- judge --------------------------------------------------------------------------------------------------
 

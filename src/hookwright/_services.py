@@ -175,10 +175,12 @@ class Services:
 
     async def _prune(self, retention: timedelta) -> None:
         while True:
-            before = self._clock.now() - round(retention.total_seconds() * SECOND)
-            while await self._guarded("prune", partial(self._storage.prune, before)):
+            while await self._guarded("prune", lambda: self._storage.prune(self._before(retention))):
                 pass
             await self._clock.sleep(_RETENTION_INTERVAL)
+
+    def _before(self, retention: timedelta) -> int:
+        return self._clock.now() - round(retention.total_seconds() * SECOND)
 
     async def _guarded(self, verb: str, operation: Callable[[], Awaitable[Any]]) -> Any:
         """Run a verb of the storage until it does not fail; failures are told, once for each time it begins to fail."""

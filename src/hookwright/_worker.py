@@ -35,6 +35,9 @@ _logger = logging.getLogger("hookwright")
 SLOW = 1 * SECOND
 """An endpoint with an attempt in flight for longer than this counts as unproven."""
 
+CLAIM_MOST = 64
+"""Leases that one claim asks for at most: it is a transaction that everybody else waits for."""
+
 _BACKOFF_MOST = 5.0
 """Seconds between two looks while the storage fails: a look is cheap, and it may be well again any time."""
 
@@ -134,7 +137,7 @@ class Worker:
             self._ended.set()
 
     async def _claim_and_start(self) -> _Pass:
-        free = self._concurrency - len(self._tasks)
+        free = min(CLAIM_MOST, self._concurrency - len(self._tasks))
         if free <= 0:
             return _Pass(idle=False, delay=None)
         claim = None
@@ -146,6 +149,7 @@ class Worker:
             return _Pass(idle=False, delay=None)
         except Exception as error:  # noqa: BLE001  # a worker that ends silently is the worst that can happen
             await self._give_back([] if claim is None else claim.leases, sent=False)
+            self._sweep_later()
             return self._back_off(error)
         self._failures = 0
         self._conditions.over("claim")
@@ -154,6 +158,8 @@ class Worker:
             return _Pass(idle=False, delay=None)
         for lease in claim.leases:
             self._start(lease)
+        if len(claim.leases) == free:
+            self._wake.set()  # there may be more
         delay = None if claim.next_due is None else max(0.0, (claim.next_due - self._clock.now()) / SECOND)
         # A wake-up since the claim began (a result was written, an event stored) may have brought something due.
         return _Pass(idle=not self._tasks and not self._wake.is_set(), delay=delay)
@@ -216,6 +222,7 @@ class Worker:
         except Exception as error:
             # A defect of ours. The lease ends by itself, and counts as an interruption.
             _logger.exception("delivery %s could not be carried out", lease.delivery_id)
+            self._sweep_later()
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
         else:
             if settled is not None and settled.proven is not None:
@@ -224,6 +231,10 @@ class Worker:
                 self._on_stopped_endpoints()
         finally:
             self._free_slot(lease, endpoint)
+
+    def _sweep_later(self) -> None:
+        """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
+        self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
 
     def _free_slot(self, lease: Lease, endpoint: _InFlight) -> None:
         del self._tasks[lease.delivery_id]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from hookwright.storage._base import ClaimRequest
     from tests.simulation._model import Model, Row
 
-_THROTTLING = {"429", "502", "503", "504", "timeout", "connect_timeout"}
+_THROTTLING = {"429", "502", "503", "504", "timeout", "connect_timeout", "connect_error", "dns_error", "tls_error"}
+_HOLD_MOST = 600 * SECOND
 _COOL_DOWN_MOST = 60
 
 
@@ -51,16 +52,17 @@ class Leases:
         self.delivering: Holder | None = None
         self.lost: set[str] = set()
         """Tokens that nobody works on: what claimed them was not told, or they could not be given back."""
-        self.sweep_missed = False
 
-    def acquired(self, process: Holder) -> None:
-        """A process may deliver: what the one before it had leased is free."""
+    def acquired(self, process: Holder, now: int) -> None:
+        """A process may deliver: what the one before it had leased is free, and no hold is longer than it could be."""
         if self.delivering is process:
             return
         self._require(self.delivering is None, f"process {process.number} delivers beside another")
         self.delivering = process
         for row in self._model.rows.values():
             row.until = 0
+        for endpoint in self._model.endpoints.values():
+            endpoint.hold_until = min(endpoint.hold_until, now + _HOLD_MOST)
 
     def ended(self, process: Holder) -> None:
         """A process has closed its storage, or died."""
@@ -209,7 +211,6 @@ class Leases:
 
     def swept(self, now: int) -> None:
         """The rows of stopped endpoints ended, but for those that are leased."""
-        self.sweep_missed = False
         for row in self._model.rows.values():
             state = self._model.endpoints[row.endpoint_id].stopped
             if state is None or row.state is not DeliveryState.PENDING:

@@ -97,7 +97,7 @@ class Disk:
     def _learn(self, process: Process, name: str, arguments: Any, options: Any, result: Any) -> None:
         now, model, leases = process.clock.now(), self.model, self.leases
         told: dict[str, Callable[[], None]] = {
-            "acquire": lambda: leases.acquired(process),
+            "acquire": lambda: leases.acquired(process, process.clock.now()),
             "enqueue": lambda: model.enqueued(arguments[0], arguments[1], result, now),
             "enqueue_many": lambda: model.enqueued_many(arguments[0], result, now),
             "claim": lambda: leases.claimed(process, arguments[0], result, now),
@@ -190,8 +190,6 @@ class Port:
             self.disk.leases.never_told(result)
         if name == "release" and not applied:
             self.disk.leases.not_released(arguments[0])
-        if name == "sweep" and not applied:
-            self.disk.leases.sweep_missed = True
 
 
 def storage_through(port: Port) -> Storage:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from hookwright import Dispatcher, Transport
-    from tests.simulation._model import Row
 
 _RELIEF = 100
 _STARTS = 12
@@ -276,14 +275,7 @@ class World:
             for row in self.model.rows.values()
             if row.state is DeliveryState.PENDING
             and self.model.endpoints[row.endpoint_id].now.state is not EndpointState.PAUSED
-            and not self._unswept(row)
         ]
-
-    def _unswept(self, row: Row) -> bool:
-        # Known gaps, each with a test in test_known_gaps.py: nothing asks for another sweep when one failed, nor when a
-        # lease ends that nobody works on. The row waits until an endpoint changes, or for the next start.
-        forsaken = self.leases.sweep_missed or row.token in self.leases.lost
-        return forsaken and self.model.endpoints[row.endpoint_id].stopped is not None
 
     async def _until_all_ended(self) -> None:
         process = next(process for process in self.processes if process.deliver)

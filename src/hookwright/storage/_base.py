@@ -149,9 +149,10 @@ class Storage(ABC):
         """Try to become the one that delivers; say whether this storage object now is.
 
         Whoever becomes it (the first True) frees the leases of those that died: their rows are available at once, and
-        their tokens stay until the next claim, which records the interruption. No endpoint is proven any more. Since
-        the wall clock may have been set back meanwhile, no lane is held beyond HOLD_MOST from now, nor by its rate
-        limit for longer than one attempt takes, and none waits behind turns of a later time.
+        their tokens stay until the next claim, which records the interruption. Endpoints whose last attempt succeeded
+        are proven, with room for one. Since the wall clock may have been set back meanwhile, no lane is held beyond
+        HOLD_MOST from now, nor by its rate limit for longer than one attempt takes, and none waits behind turns of a
+        later time.
         """
 
     # -- the outbox ---------------------------------------------------------------------------------------------

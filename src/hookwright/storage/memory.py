@@ -71,11 +71,11 @@ class MemoryStorage(MemoryHistory):
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""
-        now = self._now()
+        self._now()
         if not self._acquired:
             self._acquired = True
             for endpoint_id, lane in self._lanes.items():
-                lane.earned = 0
+                lane.earned = int(lane.health.last_success or False)
                 self._shorten(lane, rate_interval(self._endpoints[endpoint_id]))
                 for row in lane.rows.values():
                     row.available_at = row.available_at if row.token is None else 0

@@ -261,6 +261,10 @@ class SweepContract(ContractBase):
                 await world.sweep()
                 assert await world.state(row) is swept
                 assert not (await world.settle(lease)).held
+                # The process that held it may have sent its request.
+                assert [attempt.error for attempt in await world.storage.attempts(row)] == ["interrupted"]
+                delivery = await world.storage.get_delivery(row)
+                assert (delivery.attempt_count, delivery.last_error) == (1, "interrupted")
 
     async def test_a_disabled_endpoint_that_is_enabled_again_delivers_what_comes_then(self) -> None:
         async with self.opened() as world:

@@ -68,6 +68,7 @@ class ModelLane:
     cap: int
     hold_until: int = 0
     earned: int = 0
+    succeeded: bool = False
     stopped: bool = False
 
 
@@ -192,7 +193,8 @@ class Play:
             return
         self.model.in_flight.pop(lease.delivery_id, None)
         lane = self.model.lanes[row.endpoint]
-        lane.earned = max(2, lane.earned * 2) if state is DeliveryState.SUCCEEDED else 0
+        lane.succeeded = state is DeliveryState.SUCCEEDED
+        lane.earned = max(2, lane.earned * 2) if lane.succeeded else 0
         if state is DeliveryState.PENDING:
             row.token, row.available_at = None, self.world.clock.now() + delay
             row.scheduled_at = row.available_at
@@ -246,7 +248,7 @@ class Play:
         await self.contract.restart(self.world)
         self.model.in_flight.clear()
         for lane in self.model.lanes.values():
-            lane.earned = 0
+            lane.earned = int(lane.succeeded)
         for row in self.model.rows.values():
             row.available_at = row.available_at if row.token is None else 0
 

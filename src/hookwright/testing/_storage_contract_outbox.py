@@ -415,10 +415,20 @@ class ReleaseContract(ContractBase):
             dead = (await world.claim()).leases
             assert [lease.proven for lease in dead] == [True, True]
             await self.restart(world)
-            lease = await world.claim_one()  # nobody is proven any more: room for one
-            assert (lease.taken_over, lease.proven, lease.interruptions) == (True, False, 1)
+            lease = await world.claim_one()  # its last attempt succeeded: it is proven, and has room for one
+            assert (lease.taken_over, lease.proven, lease.interruptions) == (True, True, 1)
             assert not (await world.settle(dead[0])).held
             assert (await world.settle(dead[1])).held
+
+    async def test_whoever_becomes_the_deliverer_trusts_no_endpoint_that_failed_last_or_was_never_tried(self) -> None:
+        async with self.opened() as world:
+            failed, fresh = await world.endpoint(), await world.endpoint()
+            await world.prove(failed)
+            await world.emit(failed)
+            await world.settle(await world.claim_one(), DeliveryState.FAILED)
+            await self.restart(world)
+            await world.emit(failed, fresh)
+            assert [lease.proven for lease in (await world.claim()).leases] == [False, False]
 
     async def test_acquiring_again_frees_nothing(self) -> None:
         async with self.opened() as world:

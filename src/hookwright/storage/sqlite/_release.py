@@ -39,7 +39,7 @@ def release(database: Database, leases: Sequence[Lease], *, sent: bool, hold: in
 
 
 def free_leases(database: Database, now: int) -> None:
-    """What whoever becomes the deliverer does: the rows of the dead are due at once, and nobody is proven any more.
+    """What whoever becomes the deliverer does: the rows of the dead are due at once, and nobody has earned more than 1.
 
     The wall clock may have been set back since the last one: no turn, hold or limit reaches further than it could now.
     """
@@ -48,7 +48,8 @@ def free_leases(database: Database, now: int) -> None:
     ).fetchall()
     database.execute("UPDATE hookwright_delivery SET available_at = 0 WHERE token IS NOT NULL")
     make_due(database, [(row[0], 0) for row in endpoints], now)
-    database.execute("UPDATE hookwright_lane SET earned = 0 WHERE (earned > 0) = 1")
+    # Those whose last attempt succeeded: else all would share the half of the slots that is left for whoever hangs.
+    database.execute("UPDATE hookwright_lane SET earned = (last_success IS 1) WHERE earned <> (last_success IS 1)")
     database.execute(
         f"UPDATE hookwright_lane SET due_at = ?1 WHERE due_at > ?1 AND due_at < {TURNS_END}", (now >> TURN_BITS,)
     )
@@ -80,6 +81,7 @@ def sweep(database: Database, now: int) -> bool:
     for endpoint_id, state in database.execute(
         "SELECT endpoint_id, sweep FROM hookwright_lane WHERE sweep IS NOT NULL"
     ).fetchall():
+        _interrupt_leased(database, endpoint_id, now)
         left -= database.execute(
             _SWEEP,
             (state, now, endpoint_id, now, left),
@@ -88,6 +90,18 @@ def sweep(database: Database, now: int) -> bool:
             return True
         _forget_swept(database, endpoint_id, state)
     return False
+
+
+def _interrupt_leased(database: Database, endpoint_id: str, now: int) -> None:
+    """Record that requests of a process that died may have left."""
+    ended = database.execute(
+        "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, last_error = 'interrupted',"
+        " last_status = NULL, token = NULL WHERE endpoint_id = ? AND token IS NOT NULL AND available_at <= ?"
+        " RETURNING id, attempt_count",
+        (endpoint_id, now),
+    ).fetchall()
+    for delivery_id, number in ended:
+        record_interruption(database, delivery_id, number, now)
 
 
 def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:
