@@ -16,7 +16,7 @@ from hookwright._deliveries import Deliveries
 from hookwright._delivery import Deliverer
 from hookwright._emitter import Emitter
 from hookwright._endpoints import Endpoints
-from hookwright._errors import ConfigurationError, StorageError
+from hookwright._errors import ConfigurationError
 from hookwright._events import Events
 from hookwright._matching import EndpointCache
 from hookwright._models import Health, Receipt
@@ -352,7 +352,7 @@ class Dispatcher:
             try:
                 pending, leased, oldest = await self._storage.backlog()
                 self._conditions.over("read")
-            except StorageError as error:
+            except Exception as error:  # noqa: BLE001  # whoever asks for health wants to hear what is wrong
                 self._conditions.trouble("read", "the storage cannot be read", error)
         problems = (*self._conditions.problems, *self._deliverer.unusable)
         return Health(
@@ -403,13 +403,14 @@ class Dispatcher:
         It takes less than a second beyond that, whatever hangs: receivers, observers (they have half a second for what
         waits in their queues), or a lock on the database. What could not be written is delivered again by whoever
         delivers next. Harmless when repeated, or when it was never started. When it is cancelled the closing goes on:
-        call it again to wait for that.
+        call it again to wait for that, or to try again what failed. Raises StorageError.
         """
-        if self._closing is None:
-            if self._state is not _State.RUNNING:
-                self._state = _State.CLOSED
-                return
-            self._check_usable()
+        if self._closing is None and self._state is not _State.RUNNING:
+            self._state = _State.CLOSED
+            return
+        if self._closing is None or _has_failed(self._closing):
+            if self._state is _State.RUNNING:
+                self._check_usable()
             self._state = _State.CLOSED
             self._closing = asyncio.get_running_loop().create_task(self._close(), name="hookwright-closing")
         await asyncio.shield(self._closing)
@@ -472,3 +473,7 @@ class Dispatcher:
             raise ConfigurationError("the process was forked after start(): create the dispatcher in the child")
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError("the dispatcher was started in another event loop: use it in that one")
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None

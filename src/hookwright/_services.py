@@ -193,7 +193,7 @@ class Services:
             except Exception as error:
                 if delay == _BEGIN_AGAIN:
                     _logger.exception("%s failed; trying again until it does not", verb)
-                self._conditions.trouble(verb, f"{verb} fails and is repeated", error)
+                self._conditions.passing(verb, f"{verb} fails and is repeated", error)  # it may then last an hour
                 await self._clock.sleep(delay)
                 delay = min(_AGAIN_MOST, 2 * delay)
             else:

@@ -6,6 +6,7 @@ number, before and after: `for points in every(counted)`. What strikes is a func
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import signal
@@ -99,7 +100,7 @@ def raising(error: BaseException) -> Strike:
     """Return a strike that raises."""
 
     def strike() -> None:
-        raise error
+        raise copy.copy(error)  # an error that is raised again drags its last traceback along
 
     return strike
 

@@ -1,0 +1,149 @@
+"""Damaged files: refused, never written to, and said; and a log that would silently lose what was acknowledged."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hookwright import Dispatcher, SQLiteStorage, StorageCorrupt
+from hookwright.testing import FakeTransport
+from tests.conftest import URL, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FRAME = 24
+HEADER = 32
+
+
+async def _filled(path: Path, events: int = 40) -> None:
+    async with Dispatcher(SQLiteStorage(path), transport=FakeTransport(), deliver=False) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        for number in range(events):
+            await dispatcher.emit("video.ready", "x" * 500, event_id=f"evt_{number}")
+
+
+def _damage(path: Path, at: int, length: int = 16) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        there = file.read(length)
+        file.seek(at)
+        file.write(bytes(byte ^ 0xFF for byte in there))
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.parent.glob(path.name + "*") if "-shm" not in file.name}
+
+
+def _first_page_of(path: Path, name: str) -> int:
+    with closing(sqlite3.connect(path)) as database:
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        return int((page - 1) * size)
+
+
+@pytest.mark.parametrize("at", [0, 100], ids=["its header", "its schema"])
+async def test_a_file_with_a_damaged_beginning_is_refused_and_left_as_it_is(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "hooks.db"
+    await _filled(path)
+    _damage(path, at)
+    before = _bytes(path)
+    dispatcher = Dispatcher(SQLiteStorage(path), transport=FakeTransport())
+    with pytest.raises(StorageCorrupt, match=r"restore it from a backup|not an SQLite database"):
+        await dispatcher.start()
+    assert (await dispatcher.health()).state == "new"
+    await dispatcher.aclose()
+    assert _bytes(path) == before
+
+
+@pytest.mark.parametrize("table", ["hookwright_endpoint", "hookwright_meta"])
+async def test_a_damaged_page_that_a_start_reads_is_refused_and_left_as_it_is(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "hooks.db"
+    await _filled(path)
+    _damage(path, _first_page_of(path, table))
+    before = _bytes(path)
+    with pytest.raises(StorageCorrupt, match="restore it from a backup"):
+        await Dispatcher(SQLiteStorage(path), transport=FakeTransport()).start()
+    assert _bytes(path) == before
+
+
+@pytest.mark.parametrize("table", ["hookwright_event", "hookwright_delivery", "hookwright_delivery_queue"])
+async def test_a_damaged_page_that_is_met_later_ends_all_writing_and_is_said(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "hooks.db"
+    await _filled(path)
+    _damage(path, _first_page_of(path, table))
+    before = _bytes(path)["hooks.db"]
+    async with Dispatcher(SQLiteStorage(path), transport=FakeTransport(), shutdown_timeout=0) as dispatcher:
+
+        async def has_failed() -> bool:
+            return (await dispatcher.health()).state == "failed"
+
+        await until(has_failed)
+        problems = (await dispatcher.health()).problems
+        assert any("StorageCorrupt" in problem and "restore it from a backup" in problem for problem in problems)
+        for _ in range(2):
+            with pytest.raises(StorageCorrupt, match="restore it from a backup"):
+                await dispatcher.emit("video.ready")
+    assert path.read_bytes() == before
+
+
+async def _crashed(tmp_path: Path) -> Path:
+    """Return a database as a process leaves it that was killed: acknowledged events are in the log alone."""
+    living, dead = tmp_path / "living.db", tmp_path / "dead" / "hooks.db"
+    dead.parent.mkdir()
+    async with Dispatcher(SQLiteStorage(living), transport=FakeTransport(), deliver=False) as dispatcher:
+        for number in range(20):
+            await dispatcher.emit("video.ready", number, event_id=f"evt_{number}")
+        for file in _bytes(living):
+            shutil.copy(tmp_path / file, dead.with_name(file.replace("living", "hooks")))
+    return dead
+
+
+def _frames(log: Path) -> int:
+    return (log.stat().st_size - HEADER) // (FRAME + 4096)
+
+
+async def test_a_whole_log_is_read(tmp_path: Path) -> None:
+    path = await _crashed(tmp_path)
+    async with Dispatcher(SQLiteStorage(path), transport=FakeTransport()) as dispatcher:
+        assert (await dispatcher.events.get("evt_19")).id == "evt_19"
+        assert (await dispatcher.health()).state == "healthy"
+
+
+@pytest.mark.parametrize("part", ["header", "frame header", "salt", "page"])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.8])
+async def test_a_damaged_log_is_refused_before_what_it_held_is_forgotten(
+    tmp_path: Path, part: str, where: float
+) -> None:
+    path = await _crashed(tmp_path)
+    log = path.with_name("hooks.db-wal")
+    begin = HEADER + round(_frames(log) * where) * (FRAME + 4096)
+    offsets = {"header": 8, "frame header": begin + 4, "salt": begin + 8, "page": begin + FRAME + 1000}
+    _damage(log, offsets[part], 1)
+    before = _bytes(path)
+    dispatcher = Dispatcher(SQLiteStorage(path), transport=FakeTransport())
+    with pytest.raises(StorageCorrupt, match="committed transactions follow the damage"):
+        await dispatcher.start()
+    assert _bytes(path) == before
+
+
+@pytest.mark.parametrize("cut", [10, 24, 3000])
+async def test_a_log_that_ends_in_the_middle_of_a_transaction_is_read_up_to_there(tmp_path: Path, cut: int) -> None:
+    path = await _crashed(tmp_path)
+    log = path.with_name("hooks.db-wal")
+    log.write_bytes(log.read_bytes()[:-cut])
+    async with Dispatcher(SQLiteStorage(path), transport=FakeTransport()) as dispatcher:
+        assert (await dispatcher.events.get("evt_18")).id == "evt_18"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 10, b"\0" * 9000])
+async def test_a_log_that_was_never_written_is_no_damage(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "hooks.db"
+    await _filled(path)
+    path.with_name("hooks.db-wal").write_bytes(content)
+    async with Dispatcher(SQLiteStorage(path), transport=FakeTransport()) as dispatcher:
+        assert (await dispatcher.events.get("evt_39")).id == "evt_39"
