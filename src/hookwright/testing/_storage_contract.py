@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hookwright.testing._storage_contract_cancel import CancellationContract, NeighbourContract
 from hookwright.testing._storage_contract_endpoints import EndpointContract, SweepContract
+from hookwright.testing._storage_contract_fence import FenceContract
 from hookwright.testing._storage_contract_hands import (
     ExpungeContract,
     HealthContract,
@@ -22,6 +23,7 @@ from hookwright.testing._storage_contract_outbox import EnqueueContract, Release
 class StorageContract(
     EnqueueContract,
     SettleContract,
+    FenceContract,
     ReleaseContract,
     RoomContract,
     SetBackContract,
