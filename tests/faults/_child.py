@@ -18,8 +18,11 @@ from hookwright import (
     Dispatcher,
     HttpxTransport,
     NetworkPolicy,
+    Observation,
     StorageError,
 )
+from hookwright.testing import FakeTransport
+from tests.conftest import until
 from tests.faults.fast import FastClock
 from tests.faults.processes import say
 
@@ -176,6 +179,46 @@ def nobody(database: str) -> None:
     asyncio.run(main())
 
 
+# -- one that forgets to close ----------------------------------------------------------------------------------
+
+
+def forgets(database: str, ending: str, lock: str = "") -> None:
+    """Leave everything behind: deliveries to a receiver that hangs, and an observer that does."""
+    fake = FakeTransport()
+    dispatcher = made(database, transport=FakeTransport(fake.hang))
+
+    async def main() -> None:
+        await dispatcher.start()
+        dispatcher.observe(hang)
+        for number in range(2):
+            await dispatcher.endpoints.create(f"http://127.0.0.1/{number}", events=[f"for.{number}"])
+        for number in range(2):
+            await dispatcher.emit(f"for.{number}", event_id=f"evt_{number + 1}")
+        await until(lambda: dispatcher._worker.in_flight == 2)
+        say(f"in flight, health {(await dispatcher.health()).state}")
+        if lock:
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+            waiting = asyncio.ensure_future(dispatcher.emit("for.nobody"))
+            await asyncio.wait({waiting}, timeout=0.1)
+            say("waiting")
+        if ending == "sys_exit":
+            sys.exit(3)
+        if ending == "raises":
+            raise RuntimeError("a defect of the application")
+
+    if ending == "closed_loop":
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+    else:
+        asyncio.run(main())
+
+
+async def hang(observation: Observation) -> None:
+    """Never come back."""
+    await asyncio.Event().wait()
+
+
 if __name__ == "__main__":
-    SCENARIOS = {f.__name__: f for f in (plain, fast, direct, pooled, forks, forks_inside, nobody)}
+    SCENARIOS = {f.__name__: f for f in (plain, fast, direct, pooled, forks, forks_inside, nobody, forgets)}
     SCENARIOS[sys.argv[1]](*sys.argv[2:])

@@ -66,7 +66,8 @@ async def hold(path: Path, seconds: float) -> Held:
         with locked(path) as lock:
             asyncio.get_running_loop().call_later(seconds, lock.release)
             transport.release()  # its result waits for the lock, too
-            answer, advice, state, problems = "stored", "", "", ()
+            answer, advice, state = "stored", "", ""
+            problems: tuple[str, ...] = ()
             try:
                 await dispatcher.emit("during")
             except StorageBusy as error:

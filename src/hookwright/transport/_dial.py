@@ -184,6 +184,8 @@ class Dialler:
             _check_room()
             raise DNSFailed(error.strerror or "no such name") from None
         except Exception as error:  # noqa: BLE001  # a resolver may be the application's; what it raises is its failure
+            if isinstance(error, OSError) and error.errno in _OURS:
+                raise _no_connection(error) from None
             raise DNSFailed(f"the resolver failed ({type(error).__name__})") from None
         if not addresses:
             raise DNSFailed("the name has no address")
