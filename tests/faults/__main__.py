@@ -33,6 +33,8 @@ def main() -> int:
 
 async def _closing(folder: Path, runs: int, seed: int) -> bool:
     figures = await close_often(folder, runs, Random(seed), lambda text: print(text, flush=True))
+    for what in figures.unheard:
+        print(what)
     for run in (*figures.late, *figures.broken):
         print(f"{run.seconds:.3f} s  {run.what}  {run.broken}")
     print(f"closed                        {len(figures.runs)}")
@@ -41,7 +43,7 @@ async def _closing(folder: Path, runs: int, seed: int) -> bool:
     print(f"max                           {figures.seconds[-1]:.3f} s")
     print(f"within {LIMIT:g} s                  {len(figures.runs) - len(figures.late)}")
     print(f"broken promises               {len(figures.broken)}")
-    return not figures.late and not figures.broken
+    return not figures.late and not figures.broken and not figures.unheard
 
 
 async def _locks(folder: Path) -> bool:

@@ -21,7 +21,6 @@ from hookwright import (
     Observation,
     StorageError,
 )
-from hookwright.testing import FakeTransport
 from tests.conftest import until
 from tests.faults.fast import FastClock
 from tests.faults.processes import say
@@ -182,16 +181,15 @@ def nobody(database: str) -> None:
 # -- one that forgets to close ----------------------------------------------------------------------------------
 
 
-def forgets(database: str, ending: str, lock: str = "") -> None:
+def forgets(database: str, url: str, ending: str, lock: str = "") -> None:
     """Leave everything behind: deliveries to a receiver that hangs, and an observer that does."""
-    fake = FakeTransport()
-    dispatcher = made(database, transport=FakeTransport(fake.hang))
+    dispatcher = made(database)
 
     async def main() -> None:
         await dispatcher.start()
         dispatcher.observe(hang)
         for number in range(2):
-            await dispatcher.endpoints.create(f"http://127.0.0.1/{number}", events=[f"for.{number}"])
+            await dispatcher.endpoints.create(f"{url}{number}", events=[f"for.{number}"])
         for number in range(2):
             await dispatcher.emit(f"for.{number}", event_id=f"evt_{number + 1}")
         await until(lambda: dispatcher._worker.in_flight == 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -80,6 +81,7 @@ class Figures:
     """Many runs."""
 
     runs: list[Closed] = field(default_factory=list)
+    unheard: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
@@ -104,11 +106,14 @@ class Figures:
 async def close_often(folder: Path, runs: int, chance: Random, progress: Callable[[str], object]) -> Figures:
     """Close dispatchers one after the other, each with a file of its own."""
     figures = Figures()
+    # What tasks raise that nobody awaits any more would only be logged.
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: figures.unheard.append(str(what)))
     for number in range(1, runs + 1):
         file = folder / f"{number}.db"
         figures.runs.append(await close_once(file, chance))
         for left in folder.glob(f"{number}.db*"):
             left.unlink()
+        gc.collect()
         if number % 100 == 0:
             progress(f"{number} closed, {len(figures.late)} too late, {len(figures.broken)} broken")
     return figures

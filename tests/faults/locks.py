@@ -49,7 +49,7 @@ def well(held: Held) -> bool:
         answered = answered or (held.seconds < _owner.BUSY_LIMIT + _ROUND and held.answer == "stored")
         answered = answered and held.answered_after < _owner.BUSY_LIMIT + _ROUND
     whole = held.stored == held.acknowledged == held.sent and held.integrity == "ok"
-    told = held.state_while == "degraded" or held.seconds < _owner.BUSY_LIMIT
+    told = held.state_while == ("degraded" if held.seconds > _owner.BUSY_LIMIT else "healthy")
     return answered and whole and told and held.state_after == "healthy" and held.delivered_after < GOES_ON
 
 
@@ -64,20 +64,14 @@ async def hold(path: Path, seconds: float) -> Held:
         await until(lambda: len(transport.requests) == 1)
         begun = time.monotonic()
         with locked(path) as lock:
-            asyncio.get_running_loop().call_later(seconds, lock.release)
             transport.release()  # its result waits for the lock, too
-            answer, advice, state = "stored", "", ""
-            problems: tuple[str, ...] = ()
-            try:
-                await dispatcher.emit("during")
-            except StorageBusy as error:
-                answer, advice = "StorageBusy", str(error)
-            answered = time.monotonic() - begun
-            if answered < seconds:
-                state, _, problems = await _degraded(dispatcher)
-            await asyncio.sleep(max(0.0, seconds - (time.monotonic() - begun)))  # the lock's own time
+            emitting = asyncio.ensure_future(_emit(dispatcher))
+            await asyncio.sleep(0.6 * seconds)  # the lock's own time
+            while_held = await dispatcher.health()
+            await asyncio.sleep(seconds - (time.monotonic() - begun))
             lock.release()
         released = time.monotonic()
+        answer, advice, answered_at = await emitting
         expected = 1 + (answer == "stored")
         await until(lambda: _ended(dispatcher, expected), timeout=30)
         delivered = time.monotonic() - released
@@ -88,13 +82,13 @@ async def hold(path: Path, seconds: float) -> Held:
             seconds,
             answer,
             advice,
-            answered,
+            answered_at - begun,
             delivered,
             stored=len(look(path, "SELECT 1 FROM hookwright_delivery WHERE state = 'succeeded'")),
             acknowledged=expected + 1,
             sent=len([one for one in transport.requests if one.endpoint_id == waits.id]),
-            state_while=state,
-            problems=problems,
+            state_while=while_held.state,
+            problems=while_held.problems,
             state_after=(await dispatcher.health()).state,
             integrity=integrity(path),
         )
@@ -108,6 +102,10 @@ async def _is_healthy(dispatcher: Dispatcher) -> bool:
     return (await dispatcher.health()).state == "healthy"
 
 
-async def _degraded(dispatcher: Dispatcher) -> tuple[str, bool, tuple[str, ...]]:
-    health = await dispatcher.health()
-    return health.state, health.is_delivering, health.problems
+async def _emit(dispatcher: Dispatcher) -> tuple[str, str, float]:
+    answer, advice = "stored", ""
+    try:
+        await dispatcher.emit("during")
+    except StorageBusy as error:
+        answer, advice = "StorageBusy", str(error)
+    return answer, advice, time.monotonic()

@@ -21,4 +21,5 @@ async def test_closing_takes_less_than_a_second_beyond_its_timeout_whatever_hang
     figures = await close_often(tmp_path, 10, Random(seed), lambda text: None)
     record_property("aclose, slowest of 10", figures.seconds[-1])
     assert not figures.broken
+    assert not figures.unheard
     assert not figures.late, f"more than {LIMIT:g} s"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hookwright import Dispatcher
-from hookwright.testing import FakeTransport
+from hookwright.testing import FakeTransport, Inbox
 from tests.faults.processes import child, integrity, locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from hookwright.testing import Received
 
 ENDINGS = {"returns": 0, "closed_loop": 0, "sys_exit": 3, "raises": 1}
 LIMIT = 2.0
@@ -26,7 +29,8 @@ async def test_a_forgotten_aclose_ends_within_two_seconds_and_the_next_process_d
     ending: str, options: tuple[str, ...], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     path = tmp_path / "hooks.db"
-    async with child("forgets", path, ending, options=options) as process:
+    async with Inbox() as inbox, child("forgets", path, inbox.url, ending, options=options) as process:
+        inbox.respond_with(hang)
         assert await process.hear("in flight, health") == "healthy"
         ends = time.monotonic()
         assert await process.ended() == ENDINGS[ending]
@@ -41,7 +45,8 @@ async def test_a_forgotten_aclose_while_somebody_holds_the_lock_ends_as_soon_as_
     ending: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     path = tmp_path / "hooks.db"
-    async with child("forgets", path, ending, "locked") as process:
+    async with Inbox() as inbox, child("forgets", path, inbox.url, ending, "locked") as process:
+        inbox.respond_with(hang)
         await process.hear("in flight")
         with locked(path):
             process.tell("locked")
@@ -52,6 +57,11 @@ async def test_a_forgotten_aclose_while_somebody_holds_the_lock_ends_as_soon_as_
     record_property(f"no aclose, locked, {ending}: ended after", took)
     assert took < LIMIT + BUSY_WAIT
     assert await delivered_by_the_next(path) == {"evt_1": 1, "evt_2": 1}
+
+
+async def hang(received: Received) -> int:
+    await asyncio.Event().wait()
+    return 200
 
 
 async def delivered_by_the_next(path: Path) -> dict[str | None, int]:

@@ -118,8 +118,9 @@ async def test_results_that_find_the_disk_full_are_kept_in_their_slots_and_writt
         hanging.release()
         await until(lambda: _named_by(dispatcher, "results wait to be written"))
         await until(lambda: _is_stuck(dispatcher))
-        sent = len(transport.requests)
+        sent, health = len(transport.requests), await dispatcher.health()
         assert sent <= concurrency
+        assert (health.in_flight, health.leased) == (sent, sent)
         assert look(path, "SELECT count(*) FROM hookwright_attempt") == [(0,)]
         await disk.free()
         await until(lambda: len(transport.requests) == endpoints)

@@ -7,11 +7,12 @@ import json
 import signal
 import time
 from collections import Counter
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hookwright import Dispatcher, NetworkPolicy
+from hookwright import Dispatcher, NetworkPolicy, NewEvent
 from hookwright.testing import Inbox
 from tests.conftest import until
 from tests.faults.fast import FastClock
@@ -185,4 +186,34 @@ async def test_a_process_that_stood_still_for_twice_its_leases_neither_loses_nor
     assert set(slow.sent.values()) == {1}
     assert len(slow.sent) == 2 * ENDPOINTS
     assert errors(path) == ["interrupted"]
+    assert integrity(path) == "ok"
+
+
+async def test_a_process_that_is_stopped_again_and_again_at_random_moments_delivers_everything_once(path: Path) -> None:
+    chance, origin, times, events = Random(5), time.monotonic_ns(), 100, 100
+    clock = FastClock(origin, times)
+
+    async def respond(received: Received) -> int:
+        await asyncio.sleep(chance.random() * 0.02)
+        return 200
+
+    async with Inbox() as inbox, operator(path, clock=clock) as other, child("fast", path, origin, times) as worker:
+        inbox.respond_with(respond)
+        await worker.hear("started")
+        for number in range(ENDPOINTS):
+            await other.endpoints.create(inbox.url_for(f"/{number}"), events=["*"])
+        await other.emit_many([NewEvent("video.ready", event_id=f"evt_{number}") for number in range(events)])
+        for _ in range(4):
+            await inbox.wait_for(len(inbox.received) + 1)
+            await asyncio.sleep(chance.random() * 0.05)
+            worker.signal(signal.SIGSTOP)
+            await asyncio.sleep(2 * 60 / times)  # twice the lease
+            worker.signal(signal.SIGCONT)
+        await until(lambda: states(path)["succeeded"] == events * ENDPOINTS, timeout=20)
+        now = await health(worker)
+        assert (now["state"], now["lost_leases"], now["in_flight"], now["problems"]) == ("healthy", 0, 0, [])
+        sent = Counter((one.path, one.event_id) for one in inbox.received)
+    assert len(sent) == events * ENDPOINTS
+    assert set(sent.values()) == {1}
+    assert look(path, "SELECT DISTINCT attempt_count, interruptions FROM hookwright_delivery") == [(1, 0)]
     assert integrity(path) == "ok"
