@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GOES_ON = 5.5
 """Seconds after the release within which deliveries go on: the longest pause between two claims, and half a second."""
 
-_ROUND = 0.5
+_ROUND = 1.0
 """Seconds by which an answer may be later: a busy wait of SQLite's cannot be ended from outside."""
 
 

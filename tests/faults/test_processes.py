@@ -161,7 +161,7 @@ async def test_a_forked_child_is_told_what_to_do_and_its_end_disturbs_nobody(
 
 
 async def test_a_process_that_stood_still_for_twice_its_leases_neither_loses_nor_doubles_anything(path: Path) -> None:
-    origin, times = time.monotonic_ns(), 20
+    origin, times = time.monotonic_ns(), 40
     clock = FastClock(origin, times)
     async with Inbox() as inbox, operator(path, clock=clock) as other, child("fast", path, origin, times) as worker:
         slow = Slow(inbox)
@@ -203,7 +203,7 @@ async def test_a_process_that_is_stopped_again_and_again_at_random_moments_deliv
         for number in range(ENDPOINTS):
             await other.endpoints.create(inbox.url_for(f"/{number}"), events=["*"])
         await other.emit_many([NewEvent("video.ready", event_id=f"evt_{number}") for number in range(events)])
-        for _ in range(4):
+        for _ in range(3):
             await inbox.wait_for(len(inbox.received) + 1)
             await asyncio.sleep(chance.random() * 0.05)
             worker.signal(signal.SIGSTOP)
