@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from hookwright import (
     Observation,
 )
 from hookwright.testing import FakeTransport
-from tests.conftest import URL
+from tests.conftest import URL, until
 
 
 async def test_a_base_class_hears_its_children() -> None:
@@ -125,6 +127,34 @@ async def test_a_closed_subscription_hears_nothing_more() -> None:
         await subscription.aclose()
         await dispatcher.emit("video.ready")
     assert len(heard) == 1
+
+
+async def test_an_observer_that_closes_itself_or_is_deaf_to_its_end_ends_quietly() -> None:
+    raised: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: raised.append(what))
+    heard, end = [0, 0], asyncio.Event()
+
+    async def closes_itself(observation: Observation) -> None:
+        heard[0] += 1
+        await itself.aclose()
+
+    async def deaf(observation: Observation) -> None:
+        heard[1] += 1
+        while not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+
+    async with Dispatcher("memory:", transport=FakeTransport()) as dispatcher:
+        itself = dispatcher.observe(closes_itself)
+        dispatcher.observe(deaf)
+        await dispatcher.emit("video.ready")
+        await dispatcher.emit("video.ready")
+        await until(lambda: all(heard))
+    end.set()
+    await until(lambda: not [task for task in asyncio.all_tasks() if "hookwright-observer" in task.get_name()])
+    gc.collect()
+    assert heard == [1, 1]
+    assert not raised
 
 
 @pytest.mark.parametrize(("function", "kinds"), [("print", ()), (print, (str,)), (print, ("DeliveryFailed",))])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("hookwright")
 
-_CANCEL_GRACE = 0.2
+_CANCEL_GRACE = 0.1
 QUEUE_LENGTH = 1000
 """Observations that wait for one async observer at most; the newest are dropped and counted."""
 
@@ -203,6 +203,8 @@ class Subscription:
                     self._report()  # something that it awaited was cancelled, and not we
                 except Exception:  # noqa: BLE001  # an observer cannot fail a delivery
                     self._report()
+                if self._task is None:  # closed meanwhile: by itself, or deaf to the cancellation
+                    return
                 self._queue.popleft()
             self._hub.emptied()
             self._arrived.clear()

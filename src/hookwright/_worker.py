@@ -41,7 +41,7 @@ CLAIM_MOST = 64
 _BACKOFF_MOST = 5.0
 """Seconds between two looks while the storage fails: a look is cheap, and it may be well again any time."""
 
-_CANCEL_GRACE = 0.2
+_CANCEL_GRACE = 0.1
 """Seconds for what is in flight to end when it is cancelled at shutdown; a transport may not let itself be stopped."""
 
 _RELEASE_GRACE = 0.1

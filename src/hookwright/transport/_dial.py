@@ -13,11 +13,11 @@ import os
 import socket
 import ssl
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar
 
 from hookwright._addresses import NetworkPolicy, advice
 from hookwright._errors import ConfigurationError
-from hookwright.transport._resolver import SystemResolver
+from hookwright.transport._resolver import NoThreadLeft, SystemResolver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -183,7 +183,11 @@ class Dialler:
         except socket.gaierror as error:
             _check_room()
             raise DNSFailed(error.strerror or "no such name") from None
+        except NoThreadLeft as error:
+            raise OutOfResources(str(error)) from None
         except Exception as error:  # noqa: BLE001  # a resolver may be the application's; what it raises is its failure
+            if lacks(error):
+                raise lacking(error) from None
             raise DNSFailed(f"the resolver failed ({type(error).__name__})") from None
         if not addresses:
             raise DNSFailed("the name has no address")
@@ -268,9 +272,19 @@ def _check_room() -> None:
         raise _no_connection(error) from None
 
 
+def lacks(error: BaseException) -> TypeGuard[OSError]:
+    """Say whether it was raised for want of something of this machine's own."""
+    return isinstance(error, OSError) and error.errno in _OURS
+
+
+def lacking(error: OSError) -> OutOfResources:
+    """Return what says so."""
+    return OutOfResources(os.strerror(error.errno or 0).lower())
+
+
 def _no_connection(error: OSError) -> DialFailed:
-    if error.errno in _OURS:
-        return OutOfResources(os.strerror(error.errno).lower())
+    if lacks(error):
+        return lacking(error)
     return DialFailed("no connection: refused, reset or unreachable")
 
 

@@ -43,6 +43,10 @@ class Resolver(Protocol):
         ...
 
 
+class NoThreadLeft(OSError):
+    """The system has no thread left for a look-up: nothing was asked."""
+
+
 class _Standing(IntEnum):
     """What is known of a name; look-ups of a lower standing leave threads to those of a higher one."""
 
@@ -170,7 +174,7 @@ class SystemResolver:
             while waiting and self._has_room(standing):
                 job = waiting.popleft()
                 if not self._start(job):
-                    self._end(job, OSError("no thread left for a look-up"))
+                    self._end(job, NoThreadLeft("no thread left for a look-up"))
                     return
 
     def _start(self, job: _Job) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx2
 
-from hookwright.transport._dial import AuthFailed, DialFailed, TLSFailed
+from hookwright.transport._dial import AuthFailed, DialFailed, OutOfResources, TLSFailed, lacking, lacks
 
 if TYPE_CHECKING:
     from hookwright._certificate import ClientCertificate
@@ -26,7 +26,7 @@ class TLSContexts:
         self._coming: dict[ClientCertificate | None, asyncio.Future[ssl.SSLContext]] = {}
 
     async def of(self, scheme: str, certificate: ClientCertificate | None) -> ssl.SSLContext | None:
-        """Return the context for a url of this scheme, None for plain http. Raises TLSFailed or AuthFailed."""
+        """Return the context for a url of this scheme, None for plain http. Raises a DialFailed."""
         if scheme == "https":
             return await self._get(certificate)
         if certificate is not None:
@@ -46,7 +46,7 @@ class TLSContexts:
                 threading.Thread(target=_build, args=arguments, name="hookwright-tls", daemon=True).start()
             except RuntimeError:  # the system has no thread left
                 del self._coming[certificate]
-                raise TLSFailed("no TLS context (no thread left)") from None
+                raise OutOfResources("no thread left for a TLS context") from None
         try:
             # Shielded: one attempt's deadline is not the others'.
             context = self._ready[certificate] = await asyncio.shield(coming)
@@ -68,13 +68,14 @@ def _build(
         # trust_env=False: the environment is the host application's, and SSL_CERT_FILE may be meant for something else.
         outcome = httpx2.create_ssl_context(trust_env=False) if given is None else _like(given)
     except Exception as error:  # noqa: BLE001  # no certificates, files that cannot be read, a context of another kind
-        outcome = TLSFailed(f"no TLS context ({type(error).__name__})")
+        outcome = lacking(error) if lacks(error) else TLSFailed(f"no TLS context ({type(error).__name__})")
     else:
         try:
             if certificate is not None:
                 certificate.load_into(outcome)
         except Exception as error:  # noqa: BLE001  # OpenSSL's errors, or the file system's
-            outcome = AuthFailed(f"the client certificate cannot be used ({type(error).__name__})")
+            said = f"the client certificate cannot be used ({type(error).__name__})"
+            outcome = lacking(error) if lacks(error) else AuthFailed(said)
     try:
         loop.call_soon_threadsafe(_finish, coming, outcome)
     except RuntimeError:  # the loop was closed meanwhile
