@@ -56,8 +56,8 @@ async def test_while_it_runs_a_jump_moves_no_retry_and_holds_no_fresh_event(sqli
 async def test_over_a_restart_fresh_events_go_at_once_and_retries_are_late_by_the_jump_at_most(
     sqlite_url: str, jump: timedelta
 ) -> None:
-    transport = FakeTransport([Response(503, (("Retry-After", "50"),)), 200])
-    clock = VirtualClock(MORNING)
+    clock, transport = VirtualClock(MORNING), FakeTransport()
+    transport.respond(URL, [Response(503, (("Retry-After", "50"),)), 200])
     async with Dispatcher(sqlite_url, transport=transport, clock=clock, profiles=PROFILES) as dispatcher:
         await dispatcher.endpoints.create(URL, events=["*"])  # it answers with a hold
         other = await dispatcher.endpoints.create(f"{URL}/other", events=["*"], rate_limit=0.1)
@@ -66,7 +66,10 @@ async def test_over_a_restart_fresh_events_go_at_once_and_retries_are_late_by_th
     before = len(transport.requests)
     assert before == 2
     clock = VirtualClock(MORNING + jump)
-    async with Dispatcher(sqlite_url, transport=transport, clock=clock, profiles=PROFILES) as dispatcher:
+    # Without retention, which would look for old events every hour of a year.
+    async with Dispatcher(
+        sqlite_url, transport=transport, clock=clock, profiles=PROFILES, retention=None
+    ) as dispatcher:
         fresh = await dispatcher.emit("fresh", endpoint_id=other.id)
         await clock.advance(10, settle=dispatcher.drain)  # its rate limit's own time
         assert [row.state for row in await dispatcher.deliveries.wait(fresh.event_id)] == [DeliveryState.SUCCEEDED]

@@ -46,6 +46,10 @@ HOLD_MOST = 600 * SECOND
 """No lane is held for longer, but by its state. `acquire` shortens holds that a clock set back would make longer."""
 
 
+UNTRIED_MOST = 2 * 24 * 3600 * SECOND
+"""Time since a lane's last attempt that counts as failing, when `acquire` finds it: longer, and nobody has tried."""
+
+
 def rate_interval(endpoint: EndpointRow) -> int | None:
     """Return the microseconds between two attempts to an endpoint, or None when it has no rate limit."""
     return None if endpoint.rate_limit is None else max(1, round(1_000_000 / endpoint.rate_limit))
@@ -152,7 +156,7 @@ class Storage(ABC):
         their tokens stay until the next claim, which records the interruption. Endpoints whose last attempt succeeded
         are proven, with room for one. Since the wall clock may have been set back meanwhile, no lane is held beyond
         HOLD_MOST from now, nor by its rate limit for longer than one attempt takes, and none waits behind turns of a
-        later time.
+        later time. Time in which nobody tried (over UNTRIED_MOST, or negative) does not count as failing.
         """
 
     # -- the outbox ---------------------------------------------------------------------------------------------

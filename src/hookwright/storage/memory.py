@@ -28,6 +28,7 @@ from hookwright.storage._base import (
     FREE_INTERRUPTIONS,
     HOLD_MOST,
     SWEEP_ROWS,
+    UNTRIED_MOST,
     Changes,
     ClaimRequest,
     allowed,
@@ -86,6 +87,10 @@ class MemoryStorage(MemoryHistory):
         now = self._now()
         if lane.hold_until < FOREVER:
             lane.hold_until = min(lane.hold_until, now + HOLD_MOST)
+        health = lane.health
+        untried = now - (health.last_at or now)
+        if health.failing_since is not None and not 0 <= untried <= UNTRIED_MOST:
+            lane.health = health._replace(failing_since=health.failing_since + untried)
         lane.rate_at = min(lane.rate_at, now + max(SECOND, interval or 0))
         lane.rate_until = min(lane.rate_until, lane.rate_at)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from hookwright._clock import SECOND
+from hookwright._health import Change
 from hookwright._models import DeliveryState, EndpointState
 from hookwright.storage._base import HOLD_MOST
 from hookwright.testing._storage_contract_base import LEASE, ContractBase, World
@@ -184,6 +185,21 @@ class SetBackContract(ContractBase):
             await world.settle(lease)
             world.pass_time(DAY + 60 * SECOND)
             assert len((await world.claim()).leases) == 1
+
+    async def test_time_in_which_nobody_tried_does_not_count_as_failing(self) -> None:
+        for jump in (365 * DAY, -365 * DAY):
+            async with self.opened() as world:
+                endpoint = await world.endpoint()
+                await world.emit(endpoint)
+                for _ in range(30):
+                    await world.settle(await world.claim_one(), DeliveryState.PENDING, retry_in=0)
+                await world.settle(await world.claim_one(), DeliveryState.FAILED)
+                await self._set_back(world, by=-jump)
+                for days, changes in ((0, ()), (6, (Change.DISABLED,))):
+                    world.pass_time(days * DAY)
+                    await world.emit(endpoint)
+                    settled = await world.settle(await world.claim_one(), DeliveryState.FAILED)
+                    assert (settled.held, settled.changes) == (True, changes)
 
     async def _set_back(self, world: World, by: int) -> None:
         world.clock.time -= by

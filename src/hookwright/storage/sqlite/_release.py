@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, SECOND
-from hookwright.storage._base import HOLD_MOST, SWEEP_ROWS
+from hookwright.storage._base import HOLD_MOST, SWEEP_ROWS, UNTRIED_MOST
 from hookwright.storage.sqlite._claim import record_interruption
 from hookwright.storage.sqlite._lanes import TURN_BITS, TURNS_END, make_due
 
@@ -56,6 +56,11 @@ def free_leases(database: Database, now: int) -> None:
     database.execute(
         f"UPDATE hookwright_lane SET hold_until = ?1 WHERE hold_until > ?1 AND hold_until < {FOREVER}",
         (now + HOLD_MOST,),
+    )
+    database.execute(
+        "UPDATE hookwright_lane SET failing_since = failing_since + ?1 - last_at"
+        " WHERE failing_since IS NOT NULL AND (last_at > ?1 OR last_at < ?2)",
+        (now, now - UNTRIED_MOST),
     )
     database.execute(
         f"UPDATE hookwright_lane SET rate_at = ?1 + max(rate_interval, {SECOND}),"
