@@ -57,7 +57,7 @@ SCHEDULE = (0.0, 0.3, 0.6)
 EXPECTED: Mapping[str, Mapping[str, int]] = {
     "healthy": {"succeeded": 12},
     "flaky": {"succeeded": 5},
-    "down": {"failed": 3},
+    "down": {"failed": 1},
     "gone": {"failed": 1, "skipped": 5},
 }
 """How the deliveries to each receiver must end."""
@@ -65,7 +65,7 @@ EXPECTED: Mapping[str, Mapping[str, int]] = {
 _SUBSCRIPTIONS: Mapping[str, tuple[list[str], dict[str, list[str | int | bool]] | None]] = {
     "healthy": (["*"], None),
     "flaky": (["video.*"], None),
-    "down": (["render.*"], None),
+    "down": (["render.failed"], None),
     "gone": (["*"], {"index": ["idx_archive"]}),
 }
 

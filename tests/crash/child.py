@@ -38,7 +38,7 @@ class Command(NamedTuple):
     """What a child is told. `url` ends where an endpoint's own part begins.
 
     `first` is the load's first number; `at` and `after` name a fault point of the life; `seconds` is how long after its
-    request has left a poison kills. `attempts` and `jitter` are the retry policy's.
+    request has left a poison kills. `attempts` is how often a delivery is tried.
     """
 
     kind: str
@@ -49,7 +49,6 @@ class Command(NamedTuple):
     after: bool = False
     seconds: float = 0.0
     attempts: int = 50
-    jitter: float = 0.0
 
 
 def wanted(event_id: str) -> set[str]:
@@ -69,7 +68,7 @@ def live(command: Command, say: Say) -> None:
 @asynccontextmanager
 async def _running(command: Command, say: Say, **options: Any) -> AsyncIterator[Dispatcher]:
     """Start a dispatcher, say when `start` was called and when it returned, and close it."""
-    retry = RetryPolicy.schedule(*[0.05] * command.attempts, jitter=command.jitter)
+    retry = RetryPolicy.schedule(*[0.05] * command.attempts, jitter=0.0)
     settings: dict[str, Any] = {
         "profiles": {"default": Profile(retry=retry)},
         "network": NetworkPolicy.development(),

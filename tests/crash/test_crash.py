@@ -77,7 +77,8 @@ def _poisoned(crash: Harness, *, attempts: int, **how: float) -> list[str]:
     ended = rows.pop("evt_poison")
     assert kills == FREE_INTERRUPTIONS + attempts
     assert (ended.state, ended.interruptions, ended.attempts) == ("failed", kills, kills)
-    assert crash.figures.broken == []
+    # Deliveries that were interrupted too often are spread: what waits then is not due at once.
+    assert [promise for promise, _ in crash.figures.broken if promise != "slow"] == []
     return [row.state for row in rows.values()]
 
 
@@ -85,8 +86,8 @@ def test_an_event_that_kills_whoever_sends_it_ends_and_its_neighbours_are_delive
     assert _poisoned(crash, attempts=2, seconds=0.1) == ["succeeded"] * NEIGHBOURS
 
 
-def test_jitter_parts_deliveries_from_one_that_kills_as_soon_as_they_are_claimed_together(crash: Harness) -> None:
-    assert _poisoned(crash, attempts=6, seconds=0.0, jitter=1.0) == ["succeeded"] * NEIGHBOURS
+def test_deliveries_are_parted_from_one_that_kills_as_soon_as_they_are_claimed_together(crash: Harness) -> None:
+    assert _poisoned(crash, attempts=4, seconds=0.0) == ["succeeded"] * NEIGHBOURS
 
 
 # -- the oracle can fail --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _THROTTLING = {"429", "502", "503", "504", "timeout", "connect_timeout", "connect_error", "dns_error", "tls_error"}
 _HOLD_MOST = 600 * SECOND
+_UNTRIED_MOST = 48 * 3600 * SECOND
 _COOL_DOWN_MOST = 60
 
 
@@ -63,6 +64,9 @@ class Leases:
             row.until = 0
         for endpoint in self._model.endpoints.values():
             endpoint.hold_until = min(endpoint.hold_until, now + _HOLD_MOST)
+            untried = now - endpoint.last_at
+            if endpoint.failing_since is not None and not 0 <= untried <= _UNTRIED_MOST:
+                endpoint.failing_since += untried
 
     def ended(self, process: Holder) -> None:
         """A process has closed its storage, or died."""
@@ -149,6 +153,8 @@ class Leases:
 
     def _health(self, row: Row, outcome: Outcome, result: Settled, *, gone: bool, now: int) -> None:
         endpoint = self._model.endpoints[row.endpoint_id]
+        if outcome.attempt is not None:
+            endpoint.last_at = now
         if outcome.attempt is not None and outcome.state is DeliveryState.SUCCEEDED:
             endpoint.failures, endpoint.failing_since, endpoint.throttles = 0, None, 0
         elif outcome.attempt is not None:

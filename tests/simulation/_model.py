@@ -56,6 +56,7 @@ class Known:
     throttles: int = 0
     failures: int = 0
     failing_since: int | None = None
+    last_at: int = 0
 
     @property
     def now(self) -> Version:
