@@ -10,6 +10,7 @@ import pytest
 
 from hookwright import Dispatcher, MemoryStorage, Request, Response, SQLiteStorage
 from hookwright._clock import SECOND
+from hookwright._worker import CLAIM_MOST
 from hookwright.storage._base import SWEEP_ROWS, ClaimRequest
 from hookwright.storage.sqlite import _claim, _history
 from hookwright.testing import FakeTransport
@@ -96,6 +97,15 @@ async def test_what_a_look_for_old_events_costs_does_not_grow_with_what_waits(tm
         assert await storage.prune(2**60) == 0
     await storage.close()
     assert steps[1] <= steps[0] * 1.1  # what is sorted of the last moment is not the same to the step
+
+
+async def test_whatever_is_due_beyond_one_claim_follows_at_once(storage_url: str) -> None:
+    transport = FakeTransport()
+    transport.respond(URL, transport.hang)
+    async with Dispatcher(storage_url, transport=transport, shutdown_timeout=0) as dispatcher:
+        await asyncio.gather(*(dispatcher.endpoints.create(URL, events=["*"]) for _ in range(CLAIM_MOST + 20)))
+        await dispatcher.emit("all")
+        await until(lambda: len(transport.requests) == CLAIM_MOST + 20)
 
 
 class _Returning(FakeTransport):

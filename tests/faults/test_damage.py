@@ -91,6 +91,23 @@ async def test_a_damaged_page_that_is_met_later_ends_all_writing_and_is_said(tmp
     assert path.read_bytes() == before
 
 
+async def test_once_damage_was_met_nothing_is_written_that_does_not_touch_it(tmp_path: Path) -> None:
+    path, transport = tmp_path / "hooks.db", FakeTransport()
+    await _filled(path, events=1)
+    _damage(path, _first_page_of(path, "hookwright_attempt"))
+    async with Dispatcher(SQLiteStorage(path), transport=transport, shutdown_timeout=0) as dispatcher:
+
+        async def has_failed() -> bool:
+            return (await dispatcher.health()).state == "failed"
+
+        await until(has_failed)
+        assert len(transport.requests) == 1  # its result cannot be written
+        with pytest.raises(StorageCorrupt):
+            await dispatcher.emit("video.ready")
+        with pytest.raises(StorageCorrupt):
+            await dispatcher.endpoints.create(URL, events=["*"])
+
+
 async def _crashed(tmp_path: Path) -> Path:
     """Return a database as a process leaves it that was killed: acknowledged events are in the log alone."""
     living, dead = tmp_path / "living.db", tmp_path / "dead" / "hooks.db"

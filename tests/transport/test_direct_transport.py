@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hookwright import ConfigurationError, DirectTransport, Dispatcher, Failure, NetworkPolicy, Request, Response
+from hookwright.testing import Inbox
 from hookwright.testing._transport_contract_base import OPEN, Peer, answers, deaf, good, loopback, receiving, says
 from hookwright.transport import direct
+from hookwright.transport._dial import Dialler, Target
 from tests.conftest import until
 
 if TYPE_CHECKING:
@@ -223,3 +225,15 @@ def test_without_httptools_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 def _no_httptools(name: str, *rest: Any) -> Any:
     raise ImportError(name)
+
+
+async def test_a_small_request_does_not_wait_for_the_receivers_acknowledgement() -> None:
+    async with Inbox() as inbox:
+        port = int(inbox.url.rsplit(":", 1)[1].split("/")[0])
+        dialler = Dialler(NetworkPolicy.development(), None)
+        reached = await dialler.connect(Target("127.0.0.1", port, 3.0, 5.0))
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=reached.socket)
+        there = transport.get_extra_info("socket")
+        assert there.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        transport.close()
+        dialler.close()
