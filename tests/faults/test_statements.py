@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import time
 from contextlib import closing, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -109,7 +108,6 @@ async def _count(path: Path) -> int:
 STRIKES: dict[str, Strike] = {
     "an I/O error": raising(sqlite_error(sqlite3.SQLITE_IOERR, "disk I/O error")),
     "a full disk": raising(sqlite_error(sqlite3.SQLITE_FULL, "database or disk is full")),
-    "a slow disk": lambda: time.sleep(0.02),
 }
 
 
