@@ -253,11 +253,11 @@ async def test_shutdown_gives_back_what_hangs_and_it_costs_nothing(sqlite_url: s
     transport.respond(URL, transport.hang)
     profile = {"default": Profile(retry=RetryPolicy.schedule(0, 0))}
     for _ in range(3):
+        before = len(transport.requests)
         async with Dispatcher(sqlite_url, transport=transport, profiles=profile, shutdown_timeout=0.01) as dispatcher:
             if not (await dispatcher.endpoints.list()).items:
                 await dispatcher.endpoints.create(URL, events=["*"])
                 await dispatcher.emit("video.ready")
-            before = len(transport.requests)
             await until(lambda before=before: len(transport.requests) > before)
     async with Dispatcher(sqlite_url, transport=FakeTransport([500, 200]), profiles=profile) as dispatcher:
         [delivery] = (await dispatcher.deliveries.list()).items

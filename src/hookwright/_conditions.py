@@ -30,7 +30,7 @@ class Conditions:
         self._clock = clock
         self._troubles: dict[str, _Trouble] = {}
 
-    def trouble(self, name: str, what: str, error: Exception | None = None, *, fatal: bool = False) -> None:
+    def trouble(self, name: str, what: str, error: BaseException | None = None, *, fatal: bool = False) -> None:
         """Note that something is wrong until it is `over`. A damaged or closed storage is always fatal."""
         self._note(name, what, error, fatal=fatal, passing=False)
 
@@ -38,10 +38,10 @@ class Conditions:
         """Note that something went wrong just now."""
         self._note(name, what, error, fatal=False, passing=True)
 
-    def _note(self, name: str, what: str, error: Exception | None, *, fatal: bool, passing: bool) -> None:
+    def _note(self, name: str, what: str, error: BaseException | None, *, fatal: bool, passing: bool) -> None:
         text = what if error is None else f"{what}: {type(error).__name__}: {error}"
         fatal = fatal or isinstance(error, (StorageCorrupt, StorageClosed))
-        self._troubles[name] = _Trouble(text, fatal, self._clock.now(), passing)
+        self._troubles[name] = _Trouble(text, fatal, self._clock.now(), passing and not fatal)
 
     def over(self, name: str) -> None:
         """Note that it is well again."""

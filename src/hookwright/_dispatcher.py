@@ -401,9 +401,10 @@ class Dispatcher:
         """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.
 
         It takes less than a second beyond that, whatever hangs: receivers, observers (they have half a second for what
-        waits in their queues), or a lock on the database. What could not be written is delivered again by whoever
-        delivers next. Harmless when repeated, or when it was never started. When it is cancelled the closing goes on:
-        call it again to wait for that, or to try again what failed. Raises StorageError.
+        waits in their queues), or another's lock on the database. Only a disk that does not answer is waited for. What
+        could not be written is delivered again by whoever delivers next. Harmless when repeated, or when it was never
+        started. When it is cancelled the closing goes on: call it again to wait for that, or to try again what failed.
+        Raises StorageError.
         """
         if self._closing is None and self._state is not _State.RUNNING:
             self._state = _State.CLOSED
@@ -476,4 +477,4 @@ class Dispatcher:
 
 
 def _has_failed(task: asyncio.Task[None]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is not None
+    return task.done() and (task.cancelled() or task.exception() is not None)

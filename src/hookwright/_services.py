@@ -83,8 +83,7 @@ class Services:
 
     async def stop(self, timeout: float) -> None:
         """Stop the worker, which has `timeout` seconds for what is in flight, and then everything else."""
-        if self._delivering:
-            await self._worker.stop(timeout)
+        await self._worker.stop(timeout)
         self._delivering = False
         self._stopping.set()
         assert self._running is not None
@@ -95,7 +94,7 @@ class Services:
             return
         # Whoever cancels all tasks of a loop means ours, too. They do not fight back, but they say so.
         self._delivering = False
-        self._conditions.trouble("services", "the background tasks were cancelled: create a new dispatcher", fatal=True)
+        self._conditions.trouble("services", "the background tasks have ended: create a new dispatcher", fatal=True)
         if not running.cancelled() and running.exception() is not None:
             _logger.error("the background tasks ended", exc_info=running.exception())
 
@@ -138,7 +137,10 @@ class Services:
             alive = self._clock.call_later(_MINUTE, well)
             try:
                 return await run()
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                    raise
                 deaths.append(self._clock.now())
                 in_a_minute = len(deaths) == DEATHS and deaths[-1] - deaths[0] < _MINUTE * SECOND
                 too_often = in_a_minute or (too_often and len(deaths) > 1)  # until it has lived for a minute
@@ -188,7 +190,9 @@ class Services:
         while True:
             try:
                 answer = await operation()
-            except StorageClosed:
+            except StorageClosed as error:
+                if not self._stopping.is_set():
+                    self._conditions.trouble("storage", "the storage was closed", error)
                 await asyncio.Event().wait()
             except Exception as error:
                 if delay == _BEGIN_AGAIN:

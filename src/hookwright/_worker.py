@@ -22,7 +22,7 @@ from hookwright.storage._base import ClaimRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hookwright._clock import Clock
+    from hookwright._clock import Clock, Timer
     from hookwright._conditions import Conditions
     from hookwright._delivery import Deliverer
     from hookwright._matching import EndpointCache
@@ -106,6 +106,7 @@ class Worker:
         self._failures = 0
         self.lag = 0.0
         self._drainers: list[asyncio.Future[None]] = []
+        self._sweeper: Timer | None = None
 
     @property
     def in_flight(self) -> int:
@@ -123,12 +124,11 @@ class Worker:
             while not self._stopping:
                 self._wake.clear()
                 self._asked.clear()
-                drainers, self._drainers = self._drainers, []
+                asked = len(self._drainers)
                 found = await self._claim_and_start()
                 if found.idle:
-                    _resolve(drainers)
-                else:
-                    self._drainers[:0] = drainers
+                    _resolve(self._drainers[:asked])
+                    del self._drainers[:asked]
                 if found.failed:
                     await self._clock.wait_for(self._asked, found.delay)
                 else:
@@ -144,7 +144,9 @@ class Worker:
         try:
             claim = await self._storage.claim(self._request(free))
             await self._refresh_endpoints(claim)
-        except StorageClosed:
+        except StorageClosed as error:
+            if not self._stopping:
+                self._conditions.trouble("storage", "the storage was closed", error)
             self._stopping = True
             return _Pass(idle=False, delay=None)
         except Exception as error:  # noqa: BLE001  # a worker that ends silently is the worst that can happen
@@ -234,7 +236,9 @@ class Worker:
 
     def _sweep_later(self) -> None:
         """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
-        self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweeper = self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
 
     def _free_slot(self, lease: Lease, endpoint: _InFlight) -> None:
         del self._tasks[lease.delivery_id]
@@ -252,12 +256,15 @@ class Worker:
         if not await self._clock.wait_all({drained}, timeout):
             drained.cancel()
             raise WaitTimeout(f"{self.in_flight} deliveries are still in flight, or more are due, after {timeout:g} s")
+        drained.result()
 
     async def stop(self, timeout: float) -> None:
         """Claim no more, wait for what is in flight, then cancel the rest and give its leases back at no cost."""
         self._stopping = True
         self._wake.set()
         self._asked.set()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         ended = asyncio.ensure_future(self._ended.wait())
         # In real time: under a virtual clock that nobody advances, a shutdown would never end.
         await asyncio.wait({ended, *(task for task, _ in self._tasks.values())}, timeout=timeout)
@@ -271,7 +278,9 @@ class Worker:
                 _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
             with anyio.move_on_after(_RELEASE_GRACE):
                 await self._give_back([lease for _, lease in unfinished], sent=True)
-        _resolve(self._drainers)
+        for drainer in self._drainers:
+            if not drainer.done():
+                drainer.set_exception(WaitTimeout("the dispatcher was closed before everything due was delivered"))
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
         if not leases:

@@ -17,6 +17,7 @@ from hookwright import (
     MemoryStorage,
     Observation,
     StorageClosed,
+    WaitTimeout,
     WorkerFailed,
 )
 from hookwright._services import DEATHS
@@ -25,6 +26,9 @@ from tests.conftest import URL, until
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from hookwright._models import Claim
+    from hookwright.storage._base import ClaimRequest
 
 
 class Defect(Exception):
@@ -142,12 +146,79 @@ async def test_whoever_cancels_all_tasks_of_the_loop_gets_errors_and_no_silence(
             await dispatcher.emit("video.ready")
         health = await dispatcher.health()
         assert (health.state, health.is_delivering) == ("failed", False)
-        assert "the background tasks were cancelled: create a new dispatcher" in health.problems
+        assert "the background tasks have ended: create a new dispatcher" in health.problems
         await dispatcher.aclose()
     async with Dispatcher(url, transport=FakeTransport()) as successor:
         assert successor.is_delivering
         [delivery] = await successor.deliveries.wait(receipt.event_id, timeout=5)
         assert (delivery.state, delivery.attempt_count) == (DeliveryState.SUCCEEDED, 2)
+
+
+async def test_a_service_alone_that_is_cancelled_leaves_nothing_running_after_the_end(tmp_path: Path) -> None:
+    url, transport = f"sqlite:///{tmp_path / 'hooks.db'}", FakeTransport()
+    transport.respond(URL, transport.hang)
+    dispatcher = Dispatcher(url, transport=transport, shutdown_timeout=0)
+    await dispatcher.start()
+    await dispatcher.endpoints.create(URL, events=["*"])
+    await dispatcher.emit("video.ready")
+    await until(lambda: transport.requests)
+    before = asyncio.all_tasks()
+    [services] = [task for task in before if task.get_name() == "hookwright-services"]
+    services.cancel()
+    await asyncio.wait({services})
+    assert (await dispatcher.health()).state == "failed"
+    await dispatcher.aclose()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    async with Dispatcher(url, transport=FakeTransport()) as successor:
+        await successor.drain()
+        [row] = await successor.deliveries.list()
+        assert (row.state, row.attempt_count) == (DeliveryState.SUCCEEDED, 2)
+
+
+async def test_a_cancellation_that_comes_out_of_the_storage_is_a_death_like_any_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage, clock = MemoryStorage(), VirtualClock()
+    claim, left = storage.claim, [asyncio.CancelledError()]
+
+    async def cancelled(request: ClaimRequest) -> Claim:
+        if left:
+            raise left.pop()
+        return await claim(request)
+
+    async with Dispatcher(storage, transport=FakeTransport(), clock=clock) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.drain()
+        monkeypatch.setattr(storage, "claim", cancelled)
+        await dispatcher.emit("video.ready")
+        await clock.advance(0)
+        assert (await dispatcher.health()).state == "degraded"
+        await clock.advance(1)
+        await dispatcher.drain()
+        assert await dispatcher.deliveries.count(status="succeeded") == 1
+
+
+async def test_a_storage_that_closes_under_the_worker_is_a_failed_dispatcher_for_as_long_as_it_lasts() -> None:
+    storage, clock = MemoryStorage(), VirtualClock()
+    async with Dispatcher(storage, transport=FakeTransport(), clock=clock) as dispatcher:
+        await dispatcher.drain()
+        await storage.close()
+        with pytest.raises(StorageClosed):
+            await dispatcher.emit("video.ready")
+        await clock.advance(3600)
+        assert (await dispatcher.health()).state == "failed"
+
+
+async def test_a_drain_that_the_end_overtakes_says_so(storage_url: str) -> None:
+    transport = FakeTransport()
+    transport.respond(URL, transport.hang)
+    async with Dispatcher(storage_url, transport=transport, shutdown_timeout=0) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.emit("video.ready")
+        draining = asyncio.create_task(dispatcher.drain())
+        await until(lambda: transport.requests)
+    with pytest.raises(WaitTimeout, match="was closed"):
+        await draining
 
 
 class Watchers:

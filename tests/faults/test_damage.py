@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from hookwright import Dispatcher, SQLiteStorage, StorageCorrupt
+from hookwright.storage.sqlite._wal import check_wal
 from hookwright.testing import FakeTransport
 from tests.conftest import URL, until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FRAME = 24
 HEADER = 32
@@ -164,3 +163,57 @@ async def test_a_log_that_was_never_written_is_no_damage(tmp_path: Path, content
     path.with_name("hooks.db-wal").write_bytes(content)
     async with Dispatcher(SQLiteStorage(path), transport=FakeTransport()) as dispatcher:
         assert (await dispatcher.events.get("evt_39")).id == "evt_39"
+
+
+def _commits(path: Path, *sizes: int) -> bytes:
+    """Return the log after a commit of so many rows of a page each, every time from the same beginning."""
+    log = b""
+    for size in sizes:
+        there = path.with_name(f"{size}.db")
+        for file in ("", "-wal"):
+            shutil.copy(f"{path}{file}", f"{there}{file}")
+        with closing(sqlite3.connect(there, isolation_level=None)) as database:
+            database.execute("PRAGMA wal_autocheckpoint = 0")
+            database.execute("BEGIN")
+            database.executemany("INSERT INTO t VALUES (?)", [("x" * 4000,)] * size)
+            database.execute("COMMIT")
+            written = Path(f"{there}-wal").read_bytes()
+        log = written + log[len(written) :]
+    return log
+
+
+async def test_what_commits_that_failed_left_in_the_log_is_no_damage(tmp_path: Path) -> None:
+    path, copy = tmp_path / "base.db", tmp_path / "copy.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE t (a)")
+        for file in ("", "-wal"):
+            shutil.copy(f"{path}{file}", f"{copy}{file}")
+    log = _commits(copy, 40, 20, 3)  # the first two were not synced, and so never acknowledged
+    for file, content in (("", copy.read_bytes()), ("-wal", log)):
+        Path(f"{path}{file}").write_bytes(content)
+    check_wal(path)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT count(*) FROM t").fetchone() == (3,)
+
+
+async def test_a_log_that_another_process_is_writing_is_no_damage(tmp_path: Path) -> None:
+    path, stop = tmp_path / "hooks.db", threading.Event()
+
+    def write() -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("PRAGMA wal_autocheckpoint = 20")
+            database.execute("CREATE TABLE t (a)")
+            while not stop.is_set():
+                database.execute("INSERT INTO t VALUES ('x')")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(300):
+            check_wal(path)
+    finally:
+        stop.set()
+        writer.join()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import threading
 import time
@@ -11,6 +13,7 @@ import pytest
 
 from hookwright import DirectTransport, Dispatcher, Failure, HttpxTransport, NetworkPolicy, Request
 from hookwright.testing import Inbox
+from hookwright.transport import _dial
 from tests.conftest import until
 from tests.faults.processes import child, integrity, look
 
@@ -102,6 +105,22 @@ async def test_a_system_without_threads_is_this_machines_trouble_too(
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", none_left)
         assert await transport.send(Request(url, (), b"{}", "ep_1", 1)) == Failure("local_error", says)
+    await transport.aclose()
+
+
+@pytest.mark.parametrize(("reachable", "code"), [(True, "local_error"), (False, "connect_error")])
+async def test_a_family_without_a_route_is_the_receivers_failure_and_no_port_left_is_ours(
+    reachable: bool, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unavailable(*_: object) -> None:
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", unavailable)
+    monkeypatch.setattr(_dial, "_is_reachable", lambda address: reachable)
+    transport = DirectTransport(network=NetworkPolicy.development())
+    answer = await transport.send(Request("http://127.0.0.1:80/", (), b"{}", "ep_1", 1))
+    assert isinstance(answer, Failure)
+    assert answer.code == code
     await transport.aclose()
 
 

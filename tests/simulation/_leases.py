@@ -66,7 +66,7 @@ class Leases:
             endpoint.hold_until = min(endpoint.hold_until, now + _HOLD_MOST)
             untried = now - endpoint.last_at
             if endpoint.failing_since is not None and not 0 <= untried <= _UNTRIED_MOST:
-                endpoint.failing_since += untried
+                endpoint.failing_since = now
 
     def ended(self, process: Holder) -> None:
         """A process has closed its storage, or died."""

@@ -156,7 +156,8 @@ class Storage(ABC):
         their tokens stay until the next claim, which records the interruption. Endpoints whose last attempt succeeded
         are proven, with room for one. Since the wall clock may have been set back meanwhile, no lane is held beyond
         HOLD_MOST from now, nor by its rate limit for longer than one attempt takes, and none waits behind turns of a
-        later time. Time in which nobody tried (over UNTRIED_MOST, or negative) does not count as failing.
+        later time. When nobody tried for UNTRIED_MOST, or the
+        last attempt lies in the future, the time of failing begins anew.
         """
 
     # -- the outbox ---------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class MemoryStorage(MemoryHistory):
         health = lane.health
         untried = now - (health.last_at or now)
         if health.failing_since is not None and not 0 <= untried <= UNTRIED_MOST:
-            lane.health = health._replace(failing_since=health.failing_since + untried)
+            lane.health = health._replace(failing_since=now)
         lane.rate_at = min(lane.rate_at, now + max(SECOND, interval or 0))
         lane.rate_until = min(lane.rate_until, lane.rate_at)
 

@@ -195,6 +195,7 @@ class SetBackContract(ContractBase):
                     await world.settle(await world.claim_one(), DeliveryState.PENDING, retry_in=0)
                 await world.settle(await world.claim_one(), DeliveryState.FAILED)
                 await self._set_back(world, by=-jump)
+                await self.restart(world)
                 for days, changes in ((0, ()), (6, (Change.DISABLED,))):
                     world.pass_time(days * DAY)
                     await world.emit(endpoint)

@@ -208,7 +208,7 @@ class Dialler:
         """Happy eyeballs (RFC 8305): one more address every 250 ms, or as soon as one failed; the first wins."""
         waiting = list(reversed(addresses))
         dialling: set[asyncio.Task[socket.socket]] = set()
-        failure = DialFailed("no connection")
+        failure: DialFailed = OutOfResources("no connection")
         try:
             while waiting or dialling:
                 if waiting:
@@ -226,7 +226,8 @@ class Dialler:
                     if not isinstance(error, DialFailed) or isinstance(error, BlockedTarget):
                         assert error is not None
                         raise error  # one refused address refuses the name
-                    failure = error
+                    if isinstance(failure, OutOfResources) or not isinstance(error, OutOfResources):
+                        failure = error  # what a receiver did says more than what we lacked
             raise failure
         finally:
             for task in dialling:
@@ -250,7 +251,7 @@ class Dialler:
             peer = dialled.getpeername()[0]
         except OSError as error:
             dialled.close()
-            raise _no_connection(error) from None
+            raise _no_connection(error, address) from None
         except BaseException:
             dialled.close()
             raise
@@ -261,7 +262,18 @@ class Dialler:
         return dialled
 
 
-_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def _is_reachable(address: str) -> bool:
+    """Whether this machine has an address from which that one could be reached; if not, no port was lacking."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            return False
+    return True
 
 
 def _check_room() -> None:
@@ -282,8 +294,8 @@ def lacking(error: OSError) -> OutOfResources:
     return OutOfResources(os.strerror(error.errno or 0).lower())
 
 
-def _no_connection(error: OSError) -> DialFailed:
-    if lacks(error):
+def _no_connection(error: OSError, address: str = "") -> DialFailed:
+    if lacks(error) or (error.errno == errno.EADDRNOTAVAIL and _is_reachable(address)):
         return lacking(error)
     return DialFailed("no connection: refused, reset or unreachable")
 

@@ -7,6 +7,7 @@ Never the loop's default executor: a dozen slow look-ups fill it, and then the h
 from __future__ import annotations
 
 import asyncio
+import errno
 import queue
 import socket
 import threading
@@ -174,8 +175,15 @@ class SystemResolver:
             while waiting and self._has_room(standing):
                 job = waiting.popleft()
                 if not self._start(job):
-                    self._end(job, NoThreadLeft("no thread left for a look-up"))
+                    self._refuse_all(job)
                     return
+
+    def _refuse_all(self, first: _Job) -> None:
+        waiting = [first, *(job for jobs in self._waiting.values() for job in jobs)]
+        for jobs in self._waiting.values():
+            jobs.clear()
+        for job in waiting:
+            self._settle(job, NoThreadLeft("no thread left for a look-up"))
 
     def _start(self, job: _Job) -> bool:
         assert self._loop is not None
@@ -208,13 +216,19 @@ class SystemResolver:
     def _end(self, job: _Job, outcome: Sequence[str] | OSError) -> None:
         if self._loop is not job.found.get_loop():
             return  # closed meanwhile, or used in another loop by now
+        self._settle(job, outcome)
+        self._begin()
+
+    def _settle(self, job: _Job, outcome: Sequence[str] | OSError) -> None:
+        assert self._loop is not None
         self._running.discard(job)
         if job.overdue is not None:
             job.overdue.cancel()
         if self._jobs.get(job.host) is job:
             del self._jobs[job.host]
         if isinstance(outcome, OSError):
-            _remember(self._silent, job.host, None)
+            if not isinstance(outcome, NoThreadLeft) and outcome.errno not in {errno.EMFILE, errno.ENFILE}:
+                _remember(self._silent, job.host, None)
             if not job.found.done():
                 job.found.set_exception(outcome)
                 job.found.exception()  # whoever asked may be gone
@@ -223,7 +237,6 @@ class SystemResolver:
             _remember(self._answers, job.host, _Answer(outcome, self._loop.time()))
             if not job.found.done():
                 job.found.set_result(outcome)
-        self._begin()
 
     # -- in a thread --------------------------------------------------------------------------------------------
 

@@ -123,9 +123,11 @@ class SQLiteStorage(Storage):
         if reader is not None:
             await reader.interrupt()
             await reader.close()
-        await owner.finish()
-        await owner.call(lambda _: self._lock.release())
-        await owner.close()
+        try:
+            await owner.finish()
+            await owner.call(lambda _: self._lock.release())
+        finally:
+            await owner.close()
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`."""

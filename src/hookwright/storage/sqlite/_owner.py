@@ -178,7 +178,11 @@ class Owner:
 
     async def call(self, function: Callable[[Database], T]) -> T:
         """Run `function` in the connection's thread, outside any transaction."""
-        return await self._connected.call(function)
+        try:
+            return await self._connected.call(function)
+        except StorageCorrupt as error:
+            self._damage = error
+            raise
 
     async def finish(self) -> None:
         """Take nothing more, and write what is waiting; what finds the database locked for 0.2 s gives up."""
@@ -205,7 +209,10 @@ class Owner:
                 if self._waiting:
                     group = list(self._waiting)
                     self._waiting.clear()
-                    await self._commit(group)
+                    if self._damage is not None:
+                        self._fail(group, StorageCorrupt(*self._damage.args))
+                    else:
+                        await self._commit(group)
         finally:
             # Whoever cancels all tasks of a loop cancels this one, too: nobody may wait for it for ever.
             self._closing = True
@@ -227,8 +234,19 @@ class Owner:
         else:
             self.transactions += 1
             self.operations += len(group)
-            for operation, answer in zip(group, answers, strict=True):
+            self._answer(group, answers)
+
+    def _answer(self, group: list[_Operation], answers: list[Any]) -> None:
+        again: list[_Operation] = []
+        for operation, answer in zip(group, answers, strict=True):
+            if isinstance(answer, StorageCorrupt):
+                self._damage = answer
+            if isinstance(answer, StorageBusy):
+                again.append(operation)
+            else:
                 _resolve(operation.future, answer)
+        if again:
+            self._retry_later(again, answers[-1])
 
     def _retry_later(self, group: list[_Operation], error: StorageBusy) -> None:
         now = time.monotonic()
@@ -263,7 +281,14 @@ def run_group(database: Database, group: list[_Operation]) -> list[Any]:
             raise
     except Exception:  # noqa: BLE001, S110  # whose it is shows when each runs alone
         pass
-    return [_alone(database, operation) for operation in group]
+    answers: list[Any] = []
+    for operation in group:
+        answer = _alone(database, operation)
+        if isinstance(answer, (StorageBusy, StorageCorrupt)):
+            # Nothing more is tried: it would wait as long again for the lock, or write to what is damaged.
+            return answers + [answer] * (len(group) - len(answers))
+        answers.append(answer)
+    return answers
 
 
 def _together(database: Database, group: list[_Operation]) -> list[Any]:

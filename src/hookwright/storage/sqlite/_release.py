@@ -58,7 +58,7 @@ def free_leases(database: Database, now: int) -> None:
         (now + HOLD_MOST,),
     )
     database.execute(
-        "UPDATE hookwright_lane SET failing_since = failing_since + ?1 - last_at"
+        "UPDATE hookwright_lane SET failing_since = ?1"
         " WHERE failing_since IS NOT NULL AND (last_at > ?1 OR last_at < ?2)",
         (now, now - UNTRIED_MOST),
     )
