@@ -209,10 +209,10 @@ class Health(NamedTuple):
     """How a dispatcher does.
 
     `state` is `new`, `healthy`, `degraded` (something is wrong, and it goes on trying), `standby` (another process
-    delivers), `failed` (it does not deliver, and somebody has to look) or `closed`. `problems` say in words what is
-    wrong, endpoints that cannot be sent to included. `pending` and `leased` deliveries are counted up to 10,000.
-    `oldest_due` is how long (seconds) the oldest delivery that could be sent now has been waiting; `lag` how late the
-    last attempt began (held back by a pause or a limit, too). `lost_leases` counts results that came too late.
+    delivers), `failed` (somebody has to look) or `closed`; docs/reliability.md says what to do in each. `problems` say
+    in words what is wrong, endpoints that cannot be sent to included. `pending` and `leased` deliveries are counted up
+    to 10,000. `oldest_due` is how long (seconds) the oldest delivery that could be sent now has been waiting; `lag` how
+    late the last attempt began (held back by a pause or a limit, too). `lost_leases` counts results that came too late.
     """
 
     state: str

@@ -130,7 +130,8 @@ def storage_of(storage: str | Storage) -> Storage:
         scheme, found, _ = str(storage).partition("://")  # what follows may hold a password
         shown = f"{scheme}://..." if found else storage
         raise ConfigurationError(
-            f"storage: {shown!r} is none: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db' or 'memory:'"
+            f"storage: {shown!r} is no storage: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db', 'memory:'"
+            " or an instance of Storage (wrap one by a subclass)"
         )
     return SQLiteStorage(path)
 

@@ -340,7 +340,7 @@ def transaction(database: Database, begin: str = "BEGIN IMMEDIATE") -> Any:
 
 def closed() -> StorageClosed:
     """The error for any use before `open` or after `close`."""
-    return StorageClosed("the storage is not open: use it inside `async with Dispatcher(...)`, or after start()")
+    return StorageClosed("the storage is not open, or not any more: use it between start() and aclose()")
 
 
 _BY_CODE = {
@@ -351,7 +351,10 @@ _BY_CODE = {
     sqlite3.SQLITE_LOCKED: (StorageBusy, "another statement holds a table's lock; repeat"),
     sqlite3.SQLITE_FULL: (StorageFull, "the disk, or the quota, is full; free space and repeat"),
     sqlite3.SQLITE_CORRUPT: (StorageCorrupt, "the database file is damaged; restore it from a backup"),
-    sqlite3.SQLITE_NOTADB: (StorageCorrupt, "the file is not an SQLite database; give the path of another one"),
+    sqlite3.SQLITE_NOTADB: (
+        StorageCorrupt,
+        "the file is not an SQLite database, or its header is damaged; restore it from a backup, or give another path",
+    ),
     sqlite3.SQLITE_READONLY: (StorageError, "the database is read-only; make the file and its folder writable"),
     sqlite3.SQLITE_INTERRUPT: (StorageClosed, "the storage was closed meanwhile"),
     sqlite3.SQLITE_CANTOPEN: (StorageError, "the database cannot be opened; does its folder exist and is it writable?"),
