@@ -368,10 +368,12 @@ class Dispatcher:
         )
 
     def _condition(self, problems: Sequence[str]) -> str:
-        if self._state is not _State.RUNNING:
-            return self._state.name.lower()
+        if self._state is _State.CLOSED:
+            return "closed"
         if self._conditions.failed:
             return "failed"
+        if self._state is _State.NEW:
+            return "new"
         if problems:
             return "degraded"
         return "standby" if self._deliver and not self._services.delivering else "healthy"
@@ -388,6 +390,15 @@ class Dispatcher:
         if self._state is not _State.NEW:
             raise ConfigurationError(f"the dispatcher {self._state.value}")
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        try:
+            await self._begin()
+        except Exception as error:
+            self._conditions.trouble("start", "it could not be started", error, fatal=True)
+            raise
+        self._conditions.over("start")
+        self._state = _State.RUNNING
+
+    async def _begin(self) -> None:
         await self._storage.open(self._clock)
         try:
             await self._cache.refresh(self._cache.revision)
@@ -395,7 +406,6 @@ class Dispatcher:
         except BaseException:
             await self._storage.close()
             raise
-        self._state = _State.RUNNING
 
     async def aclose(self) -> None:
         """Stop claiming, let attempts finish for `shutdown_timeout`, give back the rest at no cost, close everything.

@@ -154,6 +154,20 @@ async def test_whoever_cancels_all_tasks_of_the_loop_gets_errors_and_no_silence(
         assert (delivery.state, delivery.attempt_count) == (DeliveryState.SUCCEEDED, 2)
 
 
+async def test_what_waits_for_a_storage_whose_task_is_cancelled_is_told(sqlite_url: str) -> None:
+    dispatcher = Dispatcher(sqlite_url, transport=FakeTransport(), deliver=False)
+    await dispatcher.start()
+    [owner] = [task for task in asyncio.all_tasks() if task.get_name() == "hookwright-sqlite-owner"]
+    emits = [asyncio.create_task(dispatcher.emit("video.ready")) for _ in range(3)]
+    await asyncio.sleep(0)
+    owner.cancel()
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(*emits, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [StorageClosed] * 3
+    assert (await dispatcher.health()).state == "failed"
+    await dispatcher.aclose()
+
+
 async def test_a_service_alone_that_is_cancelled_leaves_nothing_running_after_the_end(tmp_path: Path) -> None:
     url, transport = f"sqlite:///{tmp_path / 'hooks.db'}", FakeTransport()
     transport.respond(URL, transport.hang)

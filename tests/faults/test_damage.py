@@ -54,7 +54,9 @@ async def test_a_file_with_a_damaged_beginning_is_refused_and_left_as_it_is(tmp_
     dispatcher = Dispatcher(SQLiteStorage(path), transport=FakeTransport())
     with pytest.raises(StorageCorrupt, match=r"restore it from a backup|not an SQLite database"):
         await dispatcher.start()
-    assert (await dispatcher.health()).state == "new"
+    health = await dispatcher.health()
+    assert health.state == "failed"
+    assert health.problems[0].startswith("it could not be started: StorageCorrupt: ")
     await dispatcher.aclose()
     assert _bytes(path) == before
 
