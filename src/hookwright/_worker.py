@@ -273,6 +273,7 @@ class Worker:
         for task, _ in unfinished:
             task.cancel()
         if unfinished:
+            _logger.info("closing with %d attempts unfinished: their leases are given back", len(unfinished))
             _, deaf = await asyncio.wait([task for task, _ in unfinished], timeout=_CANCEL_GRACE)
             if deaf:
                 _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
