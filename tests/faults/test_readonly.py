@@ -46,7 +46,7 @@ async def test_what_may_not_be_written_is_refused_in_words_that_help_and_left_al
         refused = await process.hear("refused")
         assert refused.startswith("StorageError")
         assert "writable" in refused
-        assert await process.hear("state") == "new"
+        assert await process.hear("state") == "failed"
         assert await process.ended() == 0
     assert hashlib.sha256(path.read_bytes()).digest() == before
     assert integrity(path) == "ok"

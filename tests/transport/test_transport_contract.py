@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hookwright import Failure, HttpxTransport, NetworkPolicy, Request, Response, Transport
-from hookwright.testing._transport_contract_base import HOST, ContractBase, Row, Said, answers, deaf, row, says
+from hookwright.testing._transport_contract_base import HOST, STALL, ContractBase, Row, Said, answers, deaf, row, says
 
 if TYPE_CHECKING:
     import ssl
@@ -39,7 +39,7 @@ class Honest:
 
 class Busy(Honest):
     async def send(self, request: Request) -> Response | Failure:
-        until = time.thread_time() + 0.1
+        until = time.thread_time() + 2 * STALL
         while time.thread_time() < until:
             pass
         return await self._inner.send(request)
