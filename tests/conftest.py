@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 URL = "https://receiver.example/hooks"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: many tests wait for other processes, or for time to pass."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture

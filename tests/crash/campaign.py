@@ -30,6 +30,8 @@ LIFE = (0.01, 0.6)
 """Seconds from `start()` to a random kill, at least and at most."""
 
 RESUMES_WITHIN = 1.0
+"""Seconds from `start()` to the first request of what waits, on a quiet machine."""
+
 _NUMBERS_PER_LIFE = 1000
 
 
@@ -76,11 +78,12 @@ class Point(NamedTuple):
 class Harness:
     """The processes that survive, and where the databases are."""
 
-    def __init__(self, folder: Path, server: ForkServer, receiver: Receiver) -> None:
+    def __init__(self, folder: Path, server: ForkServer, receiver: Receiver, resumes_within: float) -> None:
         self._folder = folder
         self._campaigns = 0
         self.server = server
         self.receiver = receiver
+        self.resumes_within = resumes_within
         self.figures = Figures()
 
     @contextmanager
@@ -96,11 +99,11 @@ class Harness:
 
 
 @contextmanager
-def harness(folder: Path, seed: int) -> Iterator[Harness]:
+def harness(folder: Path, seed: int, *, resumes_within: float = RESUMES_WITHIN) -> Iterator[Harness]:
     """Start the fork server and the receiver, and end them."""
     with ExitStack() as stack:
         receiver = stack.enter_context(receiving(folder / "requests.log", seed))
-        yield Harness(folder, stack.enter_context(forking()), receiver)
+        yield Harness(folder, stack.enter_context(forking()), receiver, resumes_within)
 
 
 class Campaign:
@@ -147,7 +150,7 @@ class Campaign:
             figures.killed_before += 1
         else:
             figures.resumed.append(resumed)
-        if (lived if resumed is None else resumed) > RESUMES_WITHIN:
+        if (lived if resumed is None else resumed) > self._harness.resumes_within:
             self.oracle.broken.append(("slow", f"{self._prefix} resumed after {resumed}, lived for {lived}"))
 
     def _look(self, *, drained: bool, killed: bool) -> None:
