@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.closing import LIMIT, close_often
+from tests.faults.closing import close_often
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+# The promised second is measured by `python -m tests.faults --closing 1000`, on a quiet machine; here, that it ends.
+PATIENCE = 5.0
+
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_closing_takes_less_than_a_second_beyond_its_timeout_whatever_hangs(
+async def test_closing_ends_and_loses_nothing_whatever_hangs(
     seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     figures = await close_often(tmp_path, 10, Random(seed), lambda text: None)
     record_property("aclose, slowest of 10", figures.seconds[-1])
     assert not figures.broken
     assert not figures.unheard
-    assert not figures.late, f"more than {LIMIT:g} s"
+    assert figures.seconds[-1] < PATIENCE
