@@ -88,7 +88,11 @@ def longest_timeout(lease: float) -> float:
 
 
 class Deliverer:
-    """Carries leases out. `on_ended` is told the event's id when a delivery ended."""
+    """Carries leases out. `on_ended` is told the event's id when a delivery ended.
+
+    `on_settling` is told the lease's token when its result is handed to the storage, and `on_unsettled` when that could
+    not write it.
+    """
 
     def __init__(
         self,
@@ -104,6 +108,8 @@ class Deliverer:
         random: Random,
         alert: Callable[[str, str, dict[str, Any]], Emission | None] | None,
         on_ended: Callable[[str], None],
+        on_settling: Callable[[str], None],
+        on_unsettled: Callable[[str], None],
     ) -> None:
         self._storage = storage
         self._transport = transport
@@ -117,6 +123,8 @@ class Deliverer:
         self._random = random
         self._alert = alert
         self._on_ended = on_ended
+        self._on_settling = on_settling
+        self._on_unsettled = on_unsettled
         self._standard = RetryPolicy.standard(random=random)
         self._deadlines = Deadlines()
         self._warned: dict[str, str] = {}
@@ -334,6 +342,7 @@ class Deliverer:
     # -- settle -------------------------------------------------------------------------------------------------
 
     async def _settle(self, outcome: Outcome) -> Settled:
+        self._on_settling(outcome.token)
         try:
             return (await self._storage.settle([outcome], self._health))[0]
         except StorageClosed:
@@ -343,6 +352,7 @@ class Deliverer:
 
     async def _settle_later(self, outcome: Outcome, error: StorageError) -> Settled:
         # The result stays here, in a slot that stays taken: what is kept is bound by the number of slots.
+        self._on_unsettled(outcome.token)
         self._unwritten += 1
         if self._unwritten == 1:
             _logger.warning("results cannot be written; they are kept and tried again until they can: %s", error)

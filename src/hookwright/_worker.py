@@ -98,6 +98,7 @@ class Worker:
         self._on_stopped_endpoints = on_stopped_endpoints
         self._endpoints: dict[str, _InFlight] = {}
         self._tasks: dict[str, tuple[asyncio.Task[None], Lease]] = {}
+        self._settling: dict[str, str] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._asked = asyncio.Event()
@@ -116,6 +117,19 @@ class Worker:
     def wake(self) -> None:
         """Look for work now."""
         self._wake.set()
+
+    def note_settling(self, token: str) -> None:
+        """Claim for the slot of a lease whose result is being written: the storage may do both in one transaction."""
+        lease = self._tasks[token][1]
+        self._settling[token] = lease.delivery_id
+        self._leave(lease)
+        self._wake.set()
+
+    def note_unsettled(self, token: str) -> None:
+        """Count a slot as taken again: its result could not be written."""
+        del self._settling[token]
+        lease = self._tasks[token][1]
+        self._endpoints.setdefault(lease.endpoint_id, _InFlight()).started[lease.delivery_id] = self._clock.now()
 
     async def run(self) -> None:
         """Deliver until `stop`. It may be called again when it raised."""
@@ -137,7 +151,7 @@ class Worker:
             self._ended.set()
 
     async def _claim_and_start(self) -> _Pass:
-        free = min(CLAIM_MOST, self._concurrency - len(self._tasks))
+        free = min(CLAIM_MOST, self._concurrency - len(self._tasks) + len(self._settling))
         if free <= 0:
             return _Pass(idle=False, delay=None)
         claim = None
@@ -158,8 +172,7 @@ class Worker:
         if self._stopping:
             await self._give_back(claim.leases, sent=False)
             return _Pass(idle=False, delay=None)
-        for lease in claim.leases:
-            self._start(lease)
+        await self._start_all(claim.leases)
         if len(claim.leases) == free:
             self._wake.set()  # there may be more
         delay = None if claim.next_due is None else max(0.0, (claim.next_due - self._clock.now()) / SECOND)
@@ -182,6 +195,7 @@ class Worker:
             endpoint_concurrency=self._endpoint_concurrency,
             in_flight={id: endpoint.started.keys() for id, endpoint in self._endpoints.items()},
             slow=slow,
+            settling=frozenset(self._settling.values()),
         )
 
     async def _refresh_endpoints(self, claim: Claim) -> None:
@@ -207,6 +221,13 @@ class Worker:
             if timer is not None:
                 timer.cancel()
 
+    async def _start_all(self, leases: list[Lease]) -> None:
+        # A slot is free only when its result is on disk; what was claimed for one whose result is not goes back.
+        free = self._concurrency - len(self._tasks)
+        for lease in leases[:free]:
+            self._start(lease)
+        await self._give_back(leases[free:], sent=False)
+
     def _start(self, lease: Lease) -> None:
         endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
         endpoint.proven = lease.proven
@@ -214,9 +235,10 @@ class Worker:
         endpoint.started[lease.delivery_id] = now
         self.lag = max(0, now - lease.due_at) / SECOND
         task = asyncio.get_running_loop().create_task(self._carry_out(lease, endpoint))
-        self._tasks[lease.delivery_id] = task, lease
+        self._tasks[lease.token] = task, lease
 
     async def _carry_out(self, lease: Lease, endpoint: _InFlight) -> None:
+        again = True
         try:
             settled = await self._deliverer.deliver(lease)
         except StorageClosed:
@@ -227,12 +249,14 @@ class Worker:
             self._sweep_later()
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
         else:
+            # After a success there is nothing new: its slot was claimed for when the result was handed over.
+            again = settled is None or settled.next_attempt_at is not None or bool(settled.changes)
             if settled is not None and settled.proven is not None:
                 endpoint.proven = settled.proven
             if settled is None or settled.stopped:  # what was given back may belong to an endpoint that is gone
                 self._on_stopped_endpoints()
         finally:
-            self._free_slot(lease, endpoint)
+            self._free_slot(lease, again=again)
 
     def _sweep_later(self) -> None:
         """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
@@ -240,12 +264,18 @@ class Worker:
             self._sweeper.cancel()
         self._sweeper = self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
 
-    def _free_slot(self, lease: Lease, endpoint: _InFlight) -> None:
-        del self._tasks[lease.delivery_id]
+    def _free_slot(self, lease: Lease, *, again: bool) -> None:
+        del self._tasks[lease.token]
+        if self._settling.pop(lease.token, None) is None:
+            self._leave(lease)
+        if again or not self._tasks:
+            self._wake.set()
+
+    def _leave(self, lease: Lease) -> None:
+        endpoint = self._endpoints[lease.endpoint_id]
         del endpoint.started[lease.delivery_id]
         if not endpoint.started:
             del self._endpoints[lease.endpoint_id]
-        self._wake.set()
 
     async def drain(self, timeout: float | None) -> None:
         """Return when nothing can be claimed now and nothing is in flight, or raise WaitTimeout."""

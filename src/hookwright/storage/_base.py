@@ -79,9 +79,10 @@ class ClaimRequest(NamedTuple):
 
     `limit` rows at most; of these at most `unproven_limit` from endpoints that are not proven or are in `slow`.
     `in_flight` names the rows that this process holds, by endpoint: they are never claimed again and take up their
-    endpoint's room. Of the rows that are not the only one of their endpoint, in this claim and in flight,
-    `further_limit` at most. `endpoint_concurrency` is the room of an endpoint that sets none. `lease` is in
-    microseconds.
+    endpoint's room. `settling` are rows whose results are being written: they take up no room, and are not claimed
+    either, lest they be sent again when that fails. Of the rows that are not the only one of their endpoint, in this
+    claim and in flight, `further_limit` at most. `endpoint_concurrency` is the room of an endpoint that sets none.
+    `lease` is in microseconds.
     """
 
     limit: int
@@ -91,6 +92,7 @@ class ClaimRequest(NamedTuple):
     in_flight: Mapping[str, Collection[str]]
     slow: Collection[str] = ()
     further_limit: int = 2**31
+    settling: Collection[str] = ()
 
 
 class Changes(NamedTuple):

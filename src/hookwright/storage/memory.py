@@ -164,7 +164,8 @@ class MemoryStorage(MemoryHistory):
                 room = min(room, allowed(interval, lane.rate_at, now))
             first = 0 if held else 1
             room = min(room, first + further_left)
-            found = [row for row in self._due_rows(lane, now) if row.id not in held][: max(0, room)]
+            claimable = [row for row in self._due_rows(lane, now) if row.id not in (*held, *request.settling)]
+            found = claimable[: max(0, room)]
             further_left -= max(0, len(found) - first)
             if found:
                 self._serving += 1
@@ -185,7 +186,7 @@ class MemoryStorage(MemoryHistory):
     def _first_due(self, endpoint_id: str, lane: MemoryLane, request: ClaimRequest, now: int) -> bool:
         held = request.in_flight.get(endpoint_id, ())
         return max(lane.hold_until, lane.rate_until) <= now and any(
-            row.id not in held for row in self._due_rows(lane, now)
+            row.id not in held and row.id not in request.settling for row in self._due_rows(lane, now)
         )
 
     def _due_rows(self, lane: MemoryLane, now: int) -> list[MemoryRow]:

@@ -122,12 +122,15 @@ class World:
         cap: int = 4,
         in_flight: Mapping[str, Collection[str]] | None = None,
         slow: Collection[str] = (),
+        settling: Collection[str] = (),
         lease: int = LEASE,
     ) -> Claim:
         """Claim, a moment later than whatever came before."""
         self.pass_time()
         unproven = limit if unproven_limit is None else unproven_limit
-        return await self.storage.claim(ClaimRequest(limit, unproven, lease, cap, in_flight or {}, slow))
+        return await self.storage.claim(
+            ClaimRequest(limit, unproven, lease, cap, in_flight or {}, slow, settling=settling)
+        )
 
     async def claim_one(self, **options: Any) -> Lease:
         """Claim what is there, which is one row."""

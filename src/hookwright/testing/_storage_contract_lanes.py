@@ -90,6 +90,19 @@ class RoomContract(ContractBase):
             held.append(first)
             assert (await world.claim(in_flight={endpoint: held})).leases == []
 
+    async def test_what_is_being_settled_takes_up_no_room_and_is_not_claimed_either(self) -> None:
+        async with self.opened() as world:
+            endpoint = await world.endpoint()
+            await world.prove(endpoint, 2)
+            rows = await world.emit_many(6, endpoint)
+            settling = [lease.delivery_id for lease in (await world.claim()).leases]
+            assert settling == rows[:4]
+            world.pass_time(2 * LEASE)  # the leases have ended, but this process is about to write what came of them
+            found = (await world.claim(settling=settling)).leases
+            assert [lease.delivery_id for lease in found] == rows[4:]
+            again = await world.claim(in_flight={endpoint: rows[4:]})  # it failed: they are taken over
+            assert [lease.delivery_id for lease in again.leases] == rows[:2]
+
     async def test_the_half_rule_limits_endpoints_that_are_unproven_or_slow_and_nobody_else(self) -> None:
         async with self.opened() as world:
             proven, slow = await world.endpoint(), await world.endpoint()

@@ -8,7 +8,8 @@ later wait by time. The claim reads the heads of both queues and serves them in 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +21,20 @@ TURN_BITS = 12
 
 TURNS_END = 2**44
 """Below are turns, above are times: a time reaches it in half a year after 1970, a turn in the year 4200."""
+
+
+def at_once(columns: str, source: str) -> str:
+    """Return a query that answers with all rows of `source` in one: see `rows_at_once`."""
+    return f"SELECT json_group_array(json_array({columns})) FROM ({source})"
+
+
+def rows_at_once(database: Database, query: str, parameters: Any) -> list[list[Any]]:
+    """Return the rows of a query that `at_once` made.
+
+    A row that is fetched by itself hands the interpreter's lock to the event loop, and waits until it comes back.
+    """
+    rows: list[list[Any]] = json.loads(database.execute(query, parameters).fetchone()[0])
+    return rows
 
 
 def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> None:
@@ -35,9 +50,13 @@ def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> N
     )
 
 
+REVISION = "SELECT value FROM hookwright_meta WHERE key = 'endpoints_revision'"
+"""The endpoint counter."""
+
+
 def revision(database: Database) -> int:
     """Return the endpoint counter."""
-    return int(database.execute("SELECT value FROM hookwright_meta WHERE key = 'endpoints_revision'").fetchone()[0])
+    return int(database.execute(REVISION).fetchone()[0])
 
 
 def bump_revision(database: Database) -> int:

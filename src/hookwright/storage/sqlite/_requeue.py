@@ -11,7 +11,7 @@ from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.storage.sqlite._claim import record_interruption
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
 from hookwright.storage.sqlite._lanes import make_due, revision
-from hookwright.storage.sqlite._settle import INSERT_ATTEMPT, attempt_row
+from hookwright.storage.sqlite._settle import attempt_row, insert_attempts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -102,4 +102,4 @@ def record_test(database: Database, emission: Emission, state: DeliveryState, at
         "UPDATE hookwright_delivery SET state = ?, attempt_count = 1, last_status = ?, last_error = ? WHERE id = ?",
         (state.value, attempt.status, attempt.error, delivery.id),
     )
-    database.execute(INSERT_ATTEMPT, attempt_row(delivery.id, 1, attempt))
+    insert_attempts(database, [attempt_row(delivery.id, 1, attempt)])

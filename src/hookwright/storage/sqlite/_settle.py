@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from hookwright._health import Change, came_true, cool_down
 from hookwright._models import DeliveryState, Settled
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
-from hookwright.storage.sqlite._lanes import make_due, revision
+from hookwright.storage.sqlite._lanes import at_once, make_due, revision, rows_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,17 +47,19 @@ def _settle_one(
     return settled if outcome.state.final else settled._replace(next_attempt_at=now + outcome.retry_in)
 
 
+_LEASED = at_once(
+    "id, token, attempt_count, last_status, last_error",
+    "SELECT * FROM hookwright_delivery WHERE token IS NOT NULL AND id IN (SELECT value FROM json_each(?))",
+)
+
+
 class _Rows:
     """The deliveries that the outcomes are about: read once, written once."""
 
     def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
-        found = database.execute(
-            "SELECT id, token, attempt_count, last_status, last_error FROM hookwright_delivery WHERE token IS NOT NULL"
-            " AND id IN (SELECT value FROM json_each(?))",
-            (json.dumps([outcome.delivery_id for outcome in outcomes]),),
-        )
-        self._leased = {row[0]: row[1:] for row in found}
-        self._ended: list[tuple[Any, ...]] = []
+        wanted = json.dumps([outcome.delivery_id for outcome in outcomes])
+        self._leased = {row[0]: row[1:] for row in rows_at_once(database, _LEASED, (wanted,))}
+        self._ended: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
         self._attempts: list[tuple[Any, ...]] = []
         self.retried: list[tuple[str, int]] = []
 
@@ -73,22 +77,31 @@ class _Rows:
         if retry_at is not None:
             self.retried.append((outcome.endpoint_id, retry_at))
         finished_at = now if final else None
-        self._ended.append(
-            (outcome.state.value, retry_at or 0, retry_at, finished_at, count, status, error, outcome.delivery_id)
-        )
+        ended = (outcome.state.value, retry_at or 0, retry_at, finished_at, count, status, error)
+        self._ended[ended].append(outcome.delivery_id)
         return True
 
     def write(self, database: Database) -> None:
-        """Write what ended."""
-        database.executemany(
-            "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
-            " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ? WHERE id = ?",
-            self._ended,
-        )
-        database.executemany(INSERT_ATTEMPT, self._attempts)
+        """Write what ended, each kind of end at once: most deliveries succeed with their first attempt."""
+        for ended, delivery_ids in self._ended.items():
+            database.execute(
+                "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
+                " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ?"
+                " WHERE id IN (SELECT value FROM json_each(?))",
+                (*ended, json.dumps(delivery_ids)),
+            )
+        insert_attempts(database, self._attempts)
 
 
-INSERT_ATTEMPT = "INSERT INTO hookwright_attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERTED_TOGETHER = 16
+
+
+def insert_attempts(database: Database, attempts: Sequence[tuple[Any, ...]]) -> None:
+    """Write attempts (see `attempt_row`), several with one statement."""
+    for begin in range(0, len(attempts), _INSERTED_TOGETHER):
+        some = attempts[begin : begin + _INSERTED_TOGETHER]
+        rows = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(some))
+        database.execute(f"INSERT INTO hookwright_attempt VALUES {rows}", [*itertools.chain.from_iterable(some)])
 
 
 def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[Any, ...]:
@@ -108,12 +121,18 @@ def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[
     )
 
 
+_LANES = at_once(
+    "endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep",
+    "SELECT * FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?))",
+)
+
+
 class _Lane:
     """What one endpoint's lane says about its health."""
 
     __slots__ = ("earned", "failing_since", "failures", "hold", "last_at", "last_success", "stopped", "throttles")
 
-    def __init__(self, row: tuple[Any, ...]) -> None:
+    def __init__(self, row: Sequence[Any]) -> None:
         self.failures, self.earned, self.failing_since, self.throttles = row[1:5]
         self.last_success, self.last_at = row[5:7]
         self.stopped = row[7] is not None
@@ -129,11 +148,8 @@ class _Lanes:
     """The lanes that the outcomes are about: read once, written once."""
 
     def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
-        rows = database.execute(
-            "SELECT endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep"
-            " FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?))",
-            (json.dumps(list({outcome.endpoint_id for outcome in outcomes})),),
-        ).fetchall()
+        wanted = json.dumps(list({outcome.endpoint_id for outcome in outcomes}))
+        rows = rows_at_once(database, _LANES, (wanted,))
         self._lanes = {row[0]: _Lane(row) for row in rows}
         self._earned = {row[0]: row[2] for row in rows}
         self._touched: set[str] = set()
@@ -177,11 +193,15 @@ class _Lanes:
     def write(self, database: Database) -> None:
         """Write what changed; `earned` is in an index, so that only its changes are worth writing."""
         lanes = [(endpoint_id, self._lanes[endpoint_id]) for endpoint_id in self._touched]
-        database.executemany(
-            "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?, last_at = ?"
-            " WHERE endpoint_id = ?",
-            [(*lane.health, id) for id, lane in lanes],
-        )
+        alike: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for endpoint_id, lane in lanes:
+            alike[lane.health].append(endpoint_id)
+        for health, endpoint_ids in alike.items():
+            database.execute(
+                "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?,"
+                " last_at = ? WHERE endpoint_id IN (SELECT value FROM json_each(?))",
+                (*health, json.dumps(endpoint_ids)),
+            )
         database.executemany(
             "UPDATE hookwright_lane SET earned = ? WHERE endpoint_id = ?",
             [(lane.earned, id) for id, lane in lanes if lane.earned != self._earned[id]],
