@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpcore2
 import httpx2
@@ -60,6 +60,9 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
 
     # -- asyncio's side -----------------------------------------------------------------------------------------
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         if len(self._buffer) > _BUFFERED:
@@ -100,7 +103,8 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         elif self._buffer and self._received >= _READ_AT_ONCE:
             await asyncio.sleep(0)
         while not self._buffer and not self._ended:
-            self.transport.resume_reading()
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
             self._reader = self._loop.create_future()
             await self._reader
         if self._error is not None and not self._buffer:
