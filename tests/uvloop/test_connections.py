@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import struct
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -79,15 +81,19 @@ def connection_of(kind: str, until: float) -> Dialled:
     return _Stream(until)
 
 
-async def attached(kind: str, says: Callable[[socket.socket], object]) -> Dialled:
-    """Return a connection whose other side has spoken before it was attached."""
+async def dialled() -> tuple[Reached, socket.socket]:
+    """Return both sides of a connection."""
     with listening() as listener:
-        dialler = Dialler(OPEN, None)
-        reached = await dialler.connect(Target("127.0.0.1", listener.getsockname()[1], 1.0, 1.0))
-        there, _ = listener.accept()
-        with there:
-            says(there)
-            return await attach(partial(connection_of, kind, reached.until), reached)
+        reached = await Dialler(OPEN, None).connect(Target("127.0.0.1", listener.getsockname()[1], 1.0, 1.0))
+        return reached, listener.accept()[0]
+
+
+async def attached(kind: str, says: Callable[[socket.socket], object]) -> Dialled:
+    """Return a connection whose other side has spoken before it was attached, and is gone."""
+    reached, there = await dialled()
+    with there:
+        says(there)
+        return await attach(partial(connection_of, kind, reached.until), reached)
 
 
 def resets(there: socket.socket) -> None:
@@ -127,6 +133,15 @@ async def test_a_reset_before_the_request_is_told_as_one() -> None:
 # -- once closed -----------------------------------------------------------------------------------------------------
 
 
+async def test_a_reset_that_the_second_piece_of_a_request_meets_is_no_connection() -> None:
+    reached, there = await dialled()
+    connection = await attach(partial(Connection, direct._parser_class(), bytearray(BUFFER)), reached)
+    resets(there)
+    there.close()
+    answer = await connection.post(b"x" * 4_000_000, asyncio.get_running_loop().time() + 1)
+    assert answer == Failure("connect_error", "the connection broke")
+
+
 @KINDS
 @SCHEMES
 async def test_a_receiver_that_resets_amid_a_large_request_is_no_connection(kind: Kind, scheme: str) -> None:
@@ -146,21 +161,21 @@ async def test_a_receiver_that_resets_amid_a_large_request_is_no_connection(kind
 
 async def test_an_inbox_whose_sender_has_gone_complains_to_nobody() -> None:
     async with Inbox() as inbox:
-        gone, answered = asyncio.Event(), asyncio.Event()
+        gone, writers = asyncio.Event(), inbox._connections
 
         async def late(received: object) -> int:
             await gone.wait()
-            answered.set()
             return 200
 
         inbox.respond_with(late)
-        transport = DirectTransport(network=OPEN)
-        assert code(await transport.send(request(inbox.url, total_timeout=0.2))) == "timeout"
-        await transport.aclose()
-        await asyncio.sleep(0.05)  # for the inbox to hear of it: it reads nothing meanwhile that would tell
+        with socket.create_connection(("127.0.0.1", urlsplit(inbox.url).port)) as sender:
+            sender.send(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+            await inbox.wait_for(1)
+            resets(sender)
+        await until(lambda: all(writer.is_closing() for writer in writers))
         gone.set()
-        await answered.wait()
-        assert len(await inbox.wait_for(1)) == 1
+        await until(lambda: not writers)
+    gc.collect()  # what a task raised is told when nobody has it any more
 
 
 # -- what must not depend on the loop --------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _write(self) -> None:
         # In pieces: TLS would encrypt all of a large request at once, three times its size, for a receiver that may
-        # never read. A piece may be the end of the connection, and uvloop's transports take nothing after that.
-        while self._unsent and not self._is_paused and not self.transport.is_closing():
+        # never read.
+        while self._unsent and not self._is_paused:
             if len(self._unsent) <= _PIECE:
                 piece, self._unsent = self._unsent, b""
             else:

@@ -103,8 +103,7 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         elif self._buffer and self._received >= _READ_AT_ONCE:
             await asyncio.sleep(0)
         while not self._buffer and not self._ended:
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
+            self.transport.resume_reading()
             self._reader = self._loop.create_future()
             await self._reader
         if self._error is not None and not self._buffer:
