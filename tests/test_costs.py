@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 # fmt: off
 PINNED = {
     #                            statements  reads  transactions   hops  tasks  connections
-    "backlog":            Counts(     4_663,     0,           47,    47, 1_002,           0),
+    "backlog":            Counts(     4_672,     0,           47,    47, 1_002,           0),
     "emit":               Counts(     2_368,     0,           16,    16,     0,           0),
-    "emit and deliver":   Counts(    10_478,     0,           66,    66, 1_002,           0),
+    "emit and deliver":   Counts(    10_494,     0,           66,    66, 1_002,           0),
     "one at a time":      Counts(     1_204,     0,          102,   102,    52,           0),
     "one from rest":      Counts(     1_150,     0,          150,   150,    50,           0),
 }
@@ -79,9 +79,6 @@ class _Scene:
             for number in range(ENDPOINTS):
                 await _emit(dispatcher, number)
             await dispatcher.drain()
-        for first in range(0, ENDPOINTS, 4):
-            await asyncio.gather(*(_emit(dispatcher, number) for number in range(first, first + 4)))
-        await dispatcher.drain()
 
 
 async def _emit(dispatcher: Dispatcher, number: int) -> Receipt:
@@ -228,4 +225,5 @@ async def test_at_steady_state_no_connection_is_opened(make: Callable[[], Transp
         await _emit_all(dispatcher, EVENTS)
         await dispatcher.drain()
         assert len(receiver.requests) == 3 * ENDPOINTS + SOCKETS + EVENTS
-        assert receiver.connections == SOCKETS
+        opened = receiver.connections - SOCKETS
+        assert opened == 0, f"connections opened: 0 pinned, {opened:,} found for {EVENTS:,} deliveries"
