@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hookwright.testing._transport_contract_base import Peer
     from tests.counting import Counter
 
+# For 1,000 events, each to one endpoint; for 50, "one at a time" and "one from rest". `drain` itself makes two tasks.
 # fmt: off
 PINNED = {
     #                            statements  reads  transactions   hops  tasks  connections
