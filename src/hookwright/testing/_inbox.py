@@ -174,6 +174,8 @@ class Inbox:
         if callable(responder):
             reply = responder(received)
             responder = await reply if isinstance(reply, Awaitable) else reply
+        if writer.is_closing():  # to which uvloop lets nobody write
+            return False
         writer.write(_answer(responder if isinstance(responder, tuple) else (responder, {}, b"")))
         await writer.drain()
         return True

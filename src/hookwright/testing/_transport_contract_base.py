@@ -120,6 +120,8 @@ class Peer:
     async def say(self, *parts: bytes) -> None:
         """Write, each part as soon as there is room for it."""
         for part in parts:
+            if self.writer.is_closing():  # to which uvloop lets nobody write
+                raise ConnectionResetError
             self.writer.write(part)
             await self.writer.drain()
 
@@ -172,16 +174,20 @@ class Receiver:
         async with asyncio.timeout(PATIENCE):
             await self._empty.wait()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(self, listener: socket.socket) -> None:
+        """Serve every connection, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            there, _ = await loop.sock_accept(listener)
+            self._tasks.add(loop.create_task(self._serve(there)))
+
+    async def _serve(self, there: socket.socket) -> None:
         """Serve one connection to its end."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         self.connections += 1
         self.open += 1
         self._empty.clear()
         try:
-            await self._converse(Peer(self, reader, writer))
+            await self._converse(there)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
             pass
         finally:
@@ -189,18 +195,27 @@ class Receiver:
             if not self.open:
                 self._empty.set()
             self._closed.put_nowait(None)
-            writer.transport.abort()
+            there.close()
 
-    async def _converse(self, peer: Peer) -> None:
+    async def _converse(self, there: socket.socket) -> None:
         answer = self._answer
-        if self._context is not None and not (self._bare and answer is not None):
-            await peer.writer.start_tls(self._context)
-        if answer is not None:
-            await answer(peer)
-        while not peer.writer.is_closing():
-            await peer.request()
-            await peer.say(GOOD)
-        await peer.gone()
+        # TLS from the first byte on: a loop may have read the other side's when one begins with it later.
+        peer = await self._greet(there, None if self._bare and answer is not None else self._context)
+        try:
+            if answer is not None:
+                await answer(peer)
+            while not peer.writer.is_closing():
+                await peer.request()
+                await peer.say(GOOD)
+            await peer.gone()
+        finally:
+            peer.writer.transport.abort()
+
+    async def _greet(self, there: socket.socket, tls: ssl.SSLContext | None) -> Peer:
+        loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, there, ssl=tls)
+        return Peer(self, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     async def end(self) -> None:
         """End every connection."""
@@ -217,14 +232,15 @@ async def receiving(
     receiver = Receiver(answer, context, bare=bare)
     marked = contextvars.copy_context()
     marked.run(RECEIVING.set, True)
-    starting = asyncio.start_server(receiver.serve, "127.0.0.1", 0, backlog=128)
-    server = await asyncio.get_running_loop().create_task(starting, context=marked)
-    receiver.port = server.sockets[0].getsockname()[1]
-    try:
-        yield receiver
-    finally:
-        server.close()
-        await receiver.end()
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        listener.setblocking(False)
+        receiver.port = listener.getsockname()[1]
+        accepting = asyncio.get_running_loop().create_task(receiver.accept(listener), context=marked)
+        try:
+            yield receiver
+        finally:
+            await quietly(accepting)
+            await receiver.end()
 
 
 async def good(peer: Peer) -> None:

@@ -40,6 +40,7 @@ async def _stalls(peer: Peer) -> None:
 
 async def _drips(peer: Peer) -> None:
     record = b"\x16\x03\x03\x20\x00" + b"\x02\x00\x1f\xfc\x03\x03" + b"\x00" * 8000
+    await peer.reader.read(1)
     for position in range(len(record)):
         await peer.say(record[position : position + 1])
         await asyncio.sleep(0.05)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import select
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_KEPT, RESPONSE_READ, Failure, Response
 from hookwright.transport._dial import tls_words
@@ -43,6 +43,7 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_body",
         "_ends_with_connection",
+        "_error",
         "_head_size",
         "_headers",
         "_interim_size",
@@ -78,6 +79,7 @@ class Connection(asyncio.BufferedProtocol):
         self.beneath: asyncio.Transport | None = None
         self._unsent: bytes | memoryview = b""
         self._is_paused = False
+        self._error: Exception | None = None
         self.has_received = False
         self.is_reusable = False
         self._begin()
@@ -120,7 +122,7 @@ class Connection(asyncio.BufferedProtocol):
         timer = self._loop.call_at(until, self._expire)
         try:
             if self.transport.is_closing():
-                self._end_of_connection(None)
+                self._end_of_connection(self._error)
             else:
                 self._unsent = message
                 self._write()
@@ -152,6 +154,10 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.abort()
 
     # -- asyncio's side -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.BaseProtocol."""
+        self.transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
@@ -189,11 +195,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> None:
         """See asyncio.BaseProtocol."""
-        self.has_received = True  # nothing may follow the end
+        self.has_received = self.has_received or self._posts > 0  # nothing may follow the end
         self._end_of_connection(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
+        self._error = exc
         self._end_of_connection(exc)
         self._parser = None  # it refers to us
 

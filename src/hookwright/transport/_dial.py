@@ -86,7 +86,7 @@ class AuthFailed(DialFailed):
 
 
 class Dialled(Protocol):
-    """A protocol whose transport may be exchanged for a secure one."""
+    """A protocol that keeps its transport from `connection_made` on, and whose transport may become a secure one."""
 
     transport: asyncio.Transport
     beneath: asyncio.Transport | None
@@ -301,16 +301,15 @@ def _no_connection(error: OSError, address: str = "") -> DialFailed:
 
 
 async def attach(factory: Callable[[], D], reached: Reached) -> D:
-    """Put a protocol on a connected socket."""
+    """Put a protocol on a connected socket. It may be called with data before this returns: uvloop reads at once."""
     try:
-        transport, protocol = await asyncio.get_running_loop().create_connection(
+        _, protocol = await asyncio.get_running_loop().create_connection(
             factory,  # type: ignore[type-var]  # what is Dialled is an asyncio protocol as well
             sock=reached.socket,
         )
     except BaseException:
         reached.socket.close()
         raise
-    protocol.transport = transport
     return protocol
 
 
@@ -320,6 +319,8 @@ async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, until: float
     try:
         if protocol.has_received:
             raise TLSFailed("the receiver sent plain text before the TLS handshake")
+        if plain.is_closing():
+            raise ConnectionResetError
         async with asyncio.timeout_at(until):
             transport = await asyncio.get_running_loop().start_tls(
                 plain,

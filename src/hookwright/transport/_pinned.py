@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpcore2
 import httpx2
@@ -59,6 +59,9 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
         self._writable.set()
 
     # -- asyncio's side -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
