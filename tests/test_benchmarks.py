@@ -18,7 +18,7 @@ NAMES = [
     "gone",
     "dns",
     "idle",
-    "imports",
+    "import",
     "million",
     "outage",
     "scale",
@@ -27,12 +27,12 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_runs_and_prints_its_reference_and_target(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "run", name, "--quick", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks", "run", name, "--quick", "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "<=" in done.stdout or ">=" in done.stdout
-    assert json.loads(file.read_text("utf-8"))[0]["results"]
+    assert json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["results"]
+    assert (tmp_path / f"{name}.svg").read_text("utf-8").startswith("<?xml")
 
 
 def test_the_list_names_every_benchmark() -> None:
