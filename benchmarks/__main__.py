@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale
+from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale, stall
 from benchmarks._harness import save, show
 from benchmarks._plot import draw
 from benchmarks._stalls import Watch
@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "million": million,
     "outage": outage,
     "scale": scale,
+    "stall": stall,
 }
 RESULTS = Path(__file__).with_name("results")
 

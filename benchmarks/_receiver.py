@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SENT = re.compile(rb'"sent":(\d+)')
 _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+_FAILURE = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
 
 
 PAUSE = 0.01
@@ -34,7 +35,7 @@ ROOMS = 8
 
 
 class Answering(asyncio.Protocol):
-    """Answers 200 to everything, and looks at no more than it must."""
+    """Answers 500 to paths that begin with `/fail` and 200 to all others, and looks at no more than it must."""
 
     delays: ClassVar[list[float]] = []
 
@@ -62,7 +63,7 @@ class Answering(asyncio.Protocol):
             head = self._buffer.find(b"\r\n\r\n")
 
     def requested(self, path: str) -> None:
-        self._transport.write(_ANSWER)
+        self._transport.write(_FAILURE if path.startswith("/fail") else _ANSWER)
 
 
 class Returning(Answering):

@@ -33,9 +33,9 @@ class Lateness:
 
 
 @asynccontextmanager
-async def stalls(found: Lateness | None = None) -> AsyncIterator[Lateness]:
-    """Probe the running loop, and add to what was found before if that is given."""
-    found = Lateness() if found is None else found
+async def stalls() -> AsyncIterator[Lateness]:
+    """Probe the running loop."""
+    found = Lateness()
     loop, late = asyncio.get_running_loop(), found.values.append
     due = loop.time() + INTERVAL
     timer: asyncio.TimerHandle
@@ -66,12 +66,15 @@ class Watch:
     idle: Lateness = field(default_factory=Lateness)
 
     @asynccontextmanager
-    async def probing(self) -> AsyncIterator[None]:
+    async def probing(self) -> AsyncIterator[Lateness]:
         """Probe the loop in which a dispatcher works."""
-        async with stalls(self.busy):
-            yield
+        async with stalls() as found:
+            yield found
+        self.busy.values += found.values
 
-    async def control(self, seconds: float) -> None:
+    async def control(self, seconds: float) -> Lateness:
         """Probe the loop while it does nothing."""
-        async with stalls(self.idle):
+        async with stalls() as found:
             await asyncio.sleep(seconds)
+        self.idle.values += found.values
+        return found

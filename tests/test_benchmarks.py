@@ -22,6 +22,7 @@ NAMES = [
     "million",
     "outage",
     "scale",
+    "stall",
 ]
 
 
