@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from benchmarks._stalls import Watch
@@ -98,14 +98,14 @@ class Report:
     axes: tuple[str, str] = ("", "")
     stalls: Watch | None = None
 
-    def compare(self, name: str, reference: str, *, target: Target | None = None) -> None:
+    def compare(self, name: str, reference: str, *, target: Target | None = None, unit: str = "") -> None:
         """Put the ratio of two medians beside its target."""
-        one, other = self.find(name), self.find(reference)
+        one, other = self.find(name, unit), self.find(reference, unit)
         one.comparisons.append(Comparison(one.median / other.median, target, reference))
 
-    def find(self, name: str) -> Result:
-        """Return the result of that name."""
-        return next(result for result in self.results if result.name == name)
+    def find(self, name: str, unit: str = "") -> Result:
+        """Return the result of that name; the first, unless a unit tells which."""
+        return next(result for result in self.results if result.name == name and unit in ("", result.unit))
 
 
 async def alternate(title: str, rounds: dict[str, tuple[str, Round]], *, count: int) -> Report:
@@ -116,6 +116,29 @@ async def alternate(title: str, rounds: dict[str, tuple[str, Round]], *, count: 
             tell(f"round {number + 1} of {count}: {result.name}")
             result.values.append(await rounds[result.name][1]())
     return report
+
+
+CPU = "us CPU"
+RATE = "deliveries/s"
+
+
+class Cost(NamedTuple):
+    """What one delivery cost (microseconds of CPU), and how many there were in a second."""
+
+    cpu: float
+    rate: float
+
+
+async def alternate_costs(title: str, rounds: dict[str, Callable[[], Awaitable[Cost]]], *, count: int) -> Report:
+    """Run every thing `count` times, in turn, and keep CPU and rate of each as results of their own."""
+    found: dict[str, list[Cost]] = {name: [] for name in rounds}
+    for number in range(count):
+        for name, measure in rounds.items():
+            tell(f"round {number + 1} of {count}: {name}")
+            found[name].append(await measure())
+    results = [Result(name, CPU, [cost.cpu for cost in costs]) for name, costs in found.items()]
+    results += [Result(name, RATE, [cost.rate for cost in costs]) for name, costs in found.items()]
+    return Report(title, results)
 
 
 def tell(progress: str) -> None:
