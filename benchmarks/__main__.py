@@ -7,7 +7,21 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale, stall
+from benchmarks import (
+    deliver,
+    dns,
+    emit,
+    gone,
+    history,
+    idle,
+    imports,
+    isolation,
+    latency,
+    million,
+    outage,
+    scale,
+    stall,
+)
 from benchmarks._harness import save, show
 from benchmarks._plot import draw
 from benchmarks._stalls import Watch
@@ -27,6 +41,7 @@ class Benchmark(Protocol):
 BENCHMARKS: dict[str, Benchmark] = {
     "emit": emit,
     "deliver": deliver,
+    "latency": latency,
     "isolation": isolation,
     "history": history,
     "gone": gone,

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [
     "emit",
     "deliver",
+    "latency",
     "isolation",
     "history",
     "gone",
