@@ -6,14 +6,13 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import threading
+import json
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import httpx2
 import tenacity
-from huey import SqliteHuey  # type: ignore[import-untyped]
-from huey.consumer import Consumer  # type: ignore[import-untyped]
 
 from benchmarks._harness import Cost
 from benchmarks._loops import BODY
@@ -21,8 +20,6 @@ from benchmarks._loops import BODY
 if TYPE_CHECKING:
     from pathlib import Path
 
-# The best rate of 2, 4, 8, 16 and 64 on two cores: more only wait for each other, for the file and the interpreter.
-WORKERS = 4
 KEY = b"k" * 32
 
 
@@ -39,56 +36,13 @@ def signed(id: str, body: bytes) -> dict[str, str]:
     }
 
 
-class _QuietConsumer(Consumer):  # type: ignore[misc]  # huey has no types
-    """Leaves the signals of this process alone."""
-
-    def _set_signal_handlers(self) -> None:
-        pass
-
-
-class _Sender:
-    """What a task of huey's does; each worker thread has a client of its own."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self.clients: list[httpx2.Client] = []
-        self.answered: set[str] = set()
-        self.done = threading.Event()
-
-    def send(self, id: str, url: str, body: bytes) -> None:
-        """Sign and POST; raise unless it was accepted."""
-        if not hasattr(self._local, "client"):
-            self._local.client = httpx2.Client(trust_env=False, timeout=15.0)
-            self.clients.append(self._local.client)
-        self._local.client.post(url, content=body, headers=signed(id, body)).raise_for_status()
-        with self._lock:
-            self.answered.add(id)
-            if len(self.answered) == self._count:
-                self.done.set()
-
-
-def huey_cost(path: Path, urls: list[str], count: int, workers: int = WORKERS) -> Cost:
-    """Consume tasks that were enqueued before: huey's own retries, FULL, and no pause between tasks.
-
-    It takes a task out of its file before it runs it: one that is running when the process dies is lost.
-    """
-    huey = SqliteHuey(filename=str(path), fsync=True)
-    sender = _Sender(count)
-    task = huey.task(retries=10, retry_delay=1)(sender.send)
-    for number in range(count):
-        task(f"evt_{number}", urls[number % len(urls)], BODY)
-    consumer = _QuietConsumer(huey, workers=workers, worker_type="thread", initial_delay=0.001, max_delay=0.01)
-    cpu, begin = time.process_time(), time.perf_counter()
-    consumer.start()
-    assert sender.done.wait(120), f"{len(sender.answered)} of {count} answered"
-    cost = Cost((time.process_time() - cpu) / count * 1e6, count / (time.perf_counter() - begin))
-    consumer.stop(graceful=True)
-    for client in sender.clients:
-        client.close()
-    huey.storage.close()
-    return cost
+async def huey_cost(path: Path, urls: list[str], count: int) -> Cost:
+    """Let huey consume tasks that were stored before, in processes of its own."""
+    command = (sys.executable, "-m", "benchmarks._huey", str(path), str(count), *urls)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await process.communicate()
+    assert process.returncode == 0
+    return Cost(*json.loads(printed))
 
 
 async def tenacity_cost(urls: list[str], count: int, in_flight: int) -> Cost:

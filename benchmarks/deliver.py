@@ -138,7 +138,7 @@ class _Rounds:
             HTTPX2: lambda: httpx2_loop(plain, slow, IN_FLIGHT),
             OVER_HTTPX: lambda: self._deliver(plain, slow, HttpxTransport),
             HTTPX: lambda: httpx_loop(plain, slow, IN_FLIGHT),
-            HUEY: lambda: asyncio.to_thread(huey_cost, self._path(), plain, slow),
+            HUEY: lambda: huey_cost(self._path(), plain, slow),
             TENACITY: lambda: tenacity_cost(plain, slow, IN_FLIGHT),
         }
 
