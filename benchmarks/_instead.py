@@ -47,7 +47,7 @@ async def huey_cost(path: Path, urls: list[str], count: int) -> Cost:
 
 async def tenacity_cost(urls: list[str], count: int, in_flight: int) -> Cost:
     """Start a task for each event, which signs, POSTs and tries again. Nothing outlives the process."""
-    limits = httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     room = asyncio.Semaphore(in_flight)
     async with httpx2.AsyncClient(limits=limits, trust_env=False, timeout=15.0) as client:
 

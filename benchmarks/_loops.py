@@ -39,7 +39,9 @@ async def on_uvloop(measure: Callable[[], Coroutine[None, None, Found]]) -> Foun
 
 async def httpx2_loop(urls: list[str], count: int, in_flight: int, tls: ssl.SSLContext | None = None) -> Cost:
     """POST with one `httpx2.AsyncClient`."""
-    limits = httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
+    limits = httpx2.Limits(
+        max_connections=None, max_keepalive_connections=None
+    )  # else it hangs up to dial the next host
     verify = True if tls is None else tls
     async with httpx2.AsyncClient(limits=limits, trust_env=False, timeout=15.0, verify=verify) as client:
 
@@ -51,7 +53,9 @@ async def httpx2_loop(urls: list[str], count: int, in_flight: int, tls: ssl.SSLC
 
 async def httpx_loop(urls: list[str], count: int, in_flight: int) -> Cost:
     """POST with one `httpx.AsyncClient`."""
-    limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
+    limits = httpx.Limits(
+        max_connections=in_flight
+    )  # its best: the more connections it has, the longer it looks at them
     async with httpx.AsyncClient(limits=limits, trust_env=False, timeout=15.0) as client:
 
         async def post(number: int) -> None:
