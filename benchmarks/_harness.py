@@ -99,9 +99,10 @@ class Report:
     stalls: Watch | None = None
 
     def compare(self, name: str, reference: str, *, target: Target | None = None, unit: str = "") -> None:
-        """Put the ratio of two medians beside its target."""
+        """Put the ratio, the median of each round's own, beside its target."""
         one, other = self.find(name, unit), self.find(reference, unit)
-        one.comparisons.append(Comparison(one.median / other.median, target, reference))
+        ratios = [ours / theirs for ours, theirs in zip(one.values, other.values, strict=True)]
+        one.comparisons.append(Comparison(statistics.median(ratios), target, reference))
 
     def find(self, name: str, unit: str = "") -> Result:
         """Return the result of that name; the first, unless a unit tells which."""
