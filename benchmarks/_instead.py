@@ -60,7 +60,7 @@ async def tenacity_cost(urls: list[str], count: int, in_flight: int) -> Cost:
                         answer.raise_for_status()
 
         cost = Cost(0.0, 0.0)
-        for amount in (in_flight * 2, count):  # first the connections get warm
+        for amount in (min(in_flight * 2, count), count):  # first the connections get warm
             cpu, begin = time.process_time(), time.perf_counter()
             await asyncio.gather(*(send(f"evt_{n}", urls[n % len(urls)]) for n in range(amount)))
             cost = Cost((time.process_time() - cpu) / amount * 1e6, amount / (time.perf_counter() - begin))

@@ -133,7 +133,7 @@ async def _measure(post: Post, count: int, in_flight: int) -> Cost:
             await post(number)
 
     cost = Cost(0.0, 0.0)
-    for amount in (in_flight * 2, count):  # first the connections get warm
+    for amount in (min(in_flight * 2, count), count):  # first the connections get warm
         numbers = iter(range(amount))
         cpu, begin = time.process_time(), time.perf_counter()
         await asyncio.gather(*(sender(numbers) for _ in range(in_flight)))
