@@ -20,7 +20,8 @@ from benchmarks._harness import Cost
 from benchmarks._instead import signed
 from benchmarks._loops import BODY
 
-# The best rate of 1, 2, 4, 8, 16 and 64 on two cores: threads wait for the interpreter, more processes for the file.
+# The best rate on two cores of 1, 2, 4 and 8 processes (more wait for the file) and of 1, 2, 4, 8, 16 and 64 threads
+# (which wait for the interpreter).
 WORKERS = 4
 TYPE = "process"
 
