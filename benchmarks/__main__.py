@@ -1,49 +1,104 @@
-"""`python -m benchmarks list | run NAME... [--json FILE] [--quick]`."""
+"""`python -m benchmarks list | run NAME... [--results DIR] [--quick]`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from benchmarks import deliver, dns, emit, gone, history, idle, imports, isolation, million, outage, scale
+from benchmarks import (
+    deliver,
+    dns,
+    emit,
+    gone,
+    history,
+    idle,
+    imports,
+    isolation,
+    latency,
+    million,
+    outage,
+    scale,
+    stall,
+)
 from benchmarks._harness import save, show
+from benchmarks._plot import draw
+from benchmarks._stalls import Watch
 
-BENCHMARKS = {
+if TYPE_CHECKING:
+    from benchmarks._harness import Report
+
+
+class Benchmark(Protocol):
+    """A module that measures. It probes the loop (`watch.probing()`) where a dispatcher works in what it measures."""
+
+    __doc__: str | None
+
+    async def run(self, *, quick: bool, watch: Watch) -> Report: ...
+
+
+BENCHMARKS: dict[str, Benchmark] = {
     "emit": emit,
     "deliver": deliver,
+    "latency": latency,
     "isolation": isolation,
     "history": history,
     "gone": gone,
     "dns": dns,
     "idle": idle,
-    "imports": imports,
+    "import": imports,
     "million": million,
     "outage": outage,
     "scale": scale,
+    "stall": stall,
 }
+RESULTS = Path(__file__).with_name("results")
+
+
+async def _measure(benchmark: Benchmark, *, quick: bool) -> Report:
+    # What is imported here, matplotlib and four HTTP clients, no application has: the collector need not walk it.
+    gc.collect()
+    gc.freeze()
+    watch = Watch()
+    seconds = 0.2 if quick else 3.0
+    await watch.control(seconds)
+    report = await benchmark.run(quick=quick, watch=watch)
+    await watch.control(seconds)
+    if watch.busy.values:
+        report.stalls = watch
+    return report
+
+
+def _run(names: list[str], folder: Path | None, *, quick: bool) -> None:
+    for name in names:
+        report = asyncio.run(_measure(BENCHMARKS[name], quick=quick))
+        show(report)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            command = f"python -m benchmarks run {name}{' --quick' if quick else ''}"
+            save(report, folder / f"{name}.json", command=command)
+            draw(report, folder / f"{name}.svg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is")
-    running = commands.add_parser("run", help="run some, or all")
+    running = commands.add_parser("run", help="run some, or all; write NAME.json and NAME.svg for each")
     running.add_argument("names", nargs="+", choices=[*BENCHMARKS, "all"])
-    running.add_argument("--json", type=Path, help="write the figures to this file")
-    running.add_argument("--quick", action="store_true", help="tiny counts: shows that it runs, says nothing of speed")
+    running.add_argument("--results", type=Path, help="the folder for the files (default: benchmarks/results)")
+    running.add_argument(
+        "--quick", action="store_true", help="tiny counts: shows that it runs, not how fast; writes only with --results"
+    )
     options = parser.parse_args()
     if options.command == "list":
-        for name, module in BENCHMARKS.items():
-            print(f"{name:12}{(module.__doc__ or '').splitlines()[0].partition(': ')[2]}")
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:12}{(benchmark.__doc__ or '').splitlines()[0].partition(': ')[2]}")
         return
-    names = list(BENCHMARKS) if "all" in options.names else options.names
-    reports = []
-    for name in names:
-        reports.append(asyncio.run(BENCHMARKS[name].run(quick=options.quick)))
-        show(reports[-1])
-    if options.json is not None:
-        save(reports, options.json)
+    folder = options.results or (None if options.quick else RESULTS)
+    _run(list(BENCHMARKS) if "all" in options.names else options.names, folder, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Prints the ports, a JSON list for each kind. Returning ones hang until they are told that they are up. Bodies with
 `"sent":MICROSECONDS` on answering ports are clocked. Each line on standard input is answered by one: `delays` by those
-(ms) since the last time, `up` by null, `rooms` by how many requests the endpoints on returning ports had at once.
+(ms) since the last time, `up` by null, `rooms` by how many requests the endpoints on returning ports had at once,
+`arrivals` by when (ns, the monotonic clock) the first byte of each event came to paths that begin with `/clocked`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SENT = re.compile(rb'"sent":(\d+)')
+_ID = re.compile(rb"\r\n[Ww]ebhook-[Ii]d: ([^\r]+)")
 _LENGTH = re.compile(rb"[Cc]ontent-[Ll]ength: (\d+)")
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+_FAILURE = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
 
 
 PAUSE = 0.01
@@ -34,18 +37,22 @@ ROOMS = 8
 
 
 class Answering(asyncio.Protocol):
-    """Answers 200 to everything, and looks at no more than it must."""
+    """Answers 500 to paths that begin with `/fail` and 200 to all others, and looks at no more than it must."""
 
     delays: ClassVar[list[float]] = []
+    arrivals: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._begun = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if not self._buffer:
+            self._begun = time.monotonic_ns()
         self._buffer += data
         head = self._buffer.find(b"\r\n\r\n")
         while head != -1:
@@ -57,12 +64,15 @@ class Answering(asyncio.Protocol):
             if sent:
                 type(self).delays.append(time.time() * 1000 - int(sent[1]) / 1000)
             path = self._buffer[: self._buffer.find(b"\r\n")].split(b" ")[1]
+            id = _ID.search(self._buffer, 0, head) if path.startswith(b"/clocked") else None
+            if id:
+                self.arrivals[id[1].decode()] = self._begun
             self._buffer = self._buffer[end:]
             self.requested(path.decode())
             head = self._buffer.find(b"\r\n\r\n")
 
     def requested(self, path: str) -> None:
-        self._transport.write(_ANSWER)
+        self._transport.write(_FAILURE if path.startswith("/fail") else _ANSWER)
 
 
 class Returning(Answering):
@@ -94,6 +104,9 @@ def _told(command: bytes) -> object:
         return None
     if command == b"rooms\n":
         return list(Returning.rooms.values())
+    if command == b"arrivals\n":
+        arrivals, Answering.arrivals = Answering.arrivals, {}
+        return arrivals
     delays, Answering.delays = Answering.delays, []
     return delays
 
@@ -129,6 +142,11 @@ class Receivers:
     async def delays(self) -> list[float]:
         """Return the delays in milliseconds since the last call."""
         found: list[float] = await self._ask(b"delays\n")
+        return found
+
+    async def arrivals(self) -> dict[str, int]:
+        """Return when the first byte of each event's request came, of those since the last call."""
+        found: dict[str, int] = await self._ask(b"arrivals\n")
         return found
 
     async def come_back(self) -> None:

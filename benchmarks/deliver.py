@@ -1,4 +1,4 @@
-"""deliver: CPU for each delivery, against bare loops that only POST at the same concurrency.
+"""deliver: CPU and rate of deliveries, against bare loops that only POST and against what one would use instead.
 
 Events are emitted before; what is measured is claim, sign, send, record, settle.
 """
@@ -9,32 +9,44 @@ import asyncio
 import ssl
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trustme
 
-from benchmarks._harness import Report, alternate
-from benchmarks._loops import Measured, bare_loop, httpx2_loop
+from benchmarks._harness import CPU, RATE, Cost, Report, Series, alternate_costs, at_least, at_most
+from benchmarks._instead import huey_cost, tenacity_cost
+from benchmarks._loops import aiohttp_loop, bare_loop, httpx2_loop, httpx_loop, on_uvloop
 from benchmarks._receiver import receivers
-from hookwright import DirectTransport, Dispatcher, NetworkPolicy, Response
+from hookwright import DirectTransport, Dispatcher, HttpxTransport, NetworkPolicy, Response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from benchmarks._stalls import Watch
     from hookwright import Request, Transport
 
-DATA = {"video_id": "vid_123", "text": "x" * 960}
 ENDPOINTS = 20
 IN_FLIGHT = 64
+TEXT = 960
+SIZES = (64, 1024, 16 * 1024, 64 * 1024)
 
-HTTPX2 = "bare httpx2.AsyncClient.post"
-HTTPX2_TLS = "bare httpx2.AsyncClient.post, TLS"
 BARE = "bare asyncio, the same bytes"
-OVER_HTTPX = "hookwright, HttpxTransport"
+AIOHTTP = "bare aiohttp"
+AIOHTTP_TLS = "bare aiohttp, TLS"
+AIOHTTP_UVLOOP = "bare aiohttp, uvloop"
+HTTPX2 = "bare httpx2"
+HTTPX2_TLS = "bare httpx2, TLS"
+HTTPX = "bare httpx"
+HUEY = "huey, SQLite, FULL"
+TENACITY = "tenacity and httpx2, in memory"
+AT_ONCE = "hookwright, answered at once"
 DIRECT = "hookwright, DirectTransport"
 DIRECT_TLS = "hookwright, DirectTransport, TLS"
-AT_ONCE = "hookwright, answered at once"
+DIRECT_UVLOOP = "hookwright, DirectTransport, uvloop"
+OVER_HTTPX = "hookwright, HttpxTransport"
+OVER_HTTPX_TLS = "hookwright, HttpxTransport, TLS"
 
 
 class AtOnce:
@@ -51,23 +63,39 @@ class AtOnce:
         """Do nothing."""
 
 
-async def _delivered(path: Path, urls: list[str], count: int, transport: Transport | None) -> Measured:
+class Counts(NamedTuple):
+    """How many deliveries a round has: fewer of what is slow, and of what is big."""
+
+    fast: int
+    slow: int
+    sizes: tuple[int, ...]
+
+
+FULL = Counts(4000, 1200, (2000, 2000, 1000, 500))
+QUICK = Counts(64, 20, ())
+
+
+async def _delivered(
+    path: Path, urls: list[str], count: int, make: Callable[[], Transport], watch: Watch, *, text: int = TEXT
+) -> Cost:
+    data = {"video_id": "vid_123", "text": "x" * text}
     async with Dispatcher(
-        f"sqlite:///{path}", transport=transport, network=NetworkPolicy.development(), concurrency=IN_FLIGHT, keys=[]
+        f"sqlite:///{path}", transport=make(), network=NetworkPolicy.development(), concurrency=IN_FLIGHT, keys=[]
     ) as dispatcher:
         endpoints = [await dispatcher.endpoints.create(url, events=[f"e{n}"]) for n, url in enumerate(urls)]
         for _ in range(3):
-            await asyncio.gather(*(dispatcher.emit(f"e{n}", DATA) for n in range(ENDPOINTS)))
+            await asyncio.gather(*(dispatcher.emit(f"e{n}", data) for n in range(ENDPOINTS)))
             await dispatcher.drain()
         for endpoint in endpoints:
             await dispatcher.endpoints.pause(endpoint.id)
-        await asyncio.gather(*(dispatcher.emit(f"e{number % ENDPOINTS}", DATA) for number in range(count)))
+        await asyncio.gather(*(dispatcher.emit(f"e{number % ENDPOINTS}", data) for number in range(count)))
         await dispatcher.drain()
         cpu, begin = time.process_time(), time.perf_counter()
-        for endpoint in endpoints:
-            await dispatcher.endpoints.resume(endpoint.id)
-        await dispatcher.drain()
-        return Measured((time.process_time() - cpu) / count * 1e6, count / (time.perf_counter() - begin))
+        async with watch.probing():
+            for endpoint in endpoints:
+                await dispatcher.endpoints.resume(endpoint.id)
+            await dispatcher.drain()
+        return Cost((time.process_time() - cpu) / count * 1e6, count / (time.perf_counter() - begin))
 
 
 def _message(request: Request) -> bytes:
@@ -78,53 +106,99 @@ def _message(request: Request) -> bytes:
 
 
 class _Rounds:
-    """What is measured, and how many deliveries a second there were beside it."""
+    """What is measured."""
 
-    def __init__(self, folder: Path, count: int, plain: list[str], secure: list[str], trusting: ssl.SSLContext) -> None:
+    def __init__(self, folder: Path, counts: Counts, plain: list[str], secure: list[str], watch: Watch) -> None:
         self._folder = folder
-        self._count = count
+        self._counts = counts
         self._plain = plain
         self._secure = secure
-        self._trusting = trusting
+        self._watch = watch
         self._number = 0
         self._message = b""
-        self.rates: dict[str, list[float]] = {}
 
-    def all(self) -> dict[str, tuple[str, Callable[[], Awaitable[float]]]]:
-        trusting, local = self._trusting, NetworkPolicy.development()
-        found: dict[str, Callable[[], Awaitable[Measured]]] = {
+    def all(self, trusting: ssl.SSLContext) -> dict[str, Callable[[], Awaitable[Cost]]]:
+        """Return a round of each."""
+        fast, slow = self._counts.fast, self._counts.slow
+        plain, secure, local = self._plain, self._secure, NetworkPolicy.development()
+        aiohttp = partial(aiohttp_loop, plain, fast, IN_FLIGHT)
+        direct_tls = partial(DirectTransport, network=local, ssl_context=trusting)
+        httpx_tls = partial(HttpxTransport, network=local, ssl_context=trusting)
+        return {
             AT_ONCE: self._at_once,
-            HTTPX2: lambda: httpx2_loop(self._plain, self._count, IN_FLIGHT),
-            BARE: lambda: bare_loop(self._plain, self._count, IN_FLIGHT, self._message),
-            OVER_HTTPX: lambda: self._deliver(self._plain, None),
-            DIRECT: lambda: self._deliver(self._plain, DirectTransport()),
-            HTTPX2_TLS: lambda: httpx2_loop(self._secure, self._count, IN_FLIGHT, trusting),
-            DIRECT_TLS: lambda: self._deliver(self._secure, DirectTransport(network=local, ssl_context=trusting)),
+            BARE: lambda: bare_loop(plain, fast, IN_FLIGHT, self._message),
+            AIOHTTP: aiohttp,
+            DIRECT: lambda: self._deliver(plain, fast, DirectTransport),
+            AIOHTTP_UVLOOP: lambda: on_uvloop(aiohttp),
+            DIRECT_UVLOOP: lambda: on_uvloop(lambda: self._deliver(plain, fast, DirectTransport)),
+            AIOHTTP_TLS: lambda: aiohttp_loop(secure, fast, IN_FLIGHT, trusting),
+            DIRECT_TLS: lambda: self._deliver(secure, fast, direct_tls),
+            HTTPX2_TLS: lambda: httpx2_loop(secure, slow, IN_FLIGHT, trusting),
+            OVER_HTTPX_TLS: lambda: self._deliver(secure, slow, httpx_tls),
+            HTTPX2: lambda: httpx2_loop(plain, slow, IN_FLIGHT),
+            OVER_HTTPX: lambda: self._deliver(plain, slow, HttpxTransport),
+            HTTPX: lambda: httpx_loop(plain, slow, IN_FLIGHT),
+            HUEY: lambda: huey_cost(self._path(), plain, slow),
+            TENACITY: lambda: tenacity_cost(plain, slow, IN_FLIGHT),
         }
-        return {name: ("us CPU", self._keeping(name, measure)) for name, measure in found.items()}
 
-    def _keeping(self, name: str, measure: Callable[[], Awaitable[Measured]]) -> Callable[[], Awaitable[float]]:
-        async def one_round() -> float:
-            measured = await measure()
-            self.rates.setdefault(name, []).append(measured.rate)
-            return measured.cpu
+    async def sizes(self, report: Report, rounds: int) -> None:
+        """Add a line for DirectTransport and one for aiohttp: CPU by the size of the data."""
+        sizes = SIZES[: len(self._counts.sizes)]
+        found: dict[str, list[float]] = {DIRECT: [], AIOHTTP: []}
+        for size, count in zip(sizes, self._counts.sizes, strict=True):
+            body = b'{"video_id":"vid_123","text":"' + b"x" * size + b'"}'
+            ours = partial(self._deliver, self._plain, count, DirectTransport, text=size)
+            theirs = partial(aiohttp_loop, self._plain, count, IN_FLIGHT, body=body)
+            one = await alternate_costs(f"{size} B", {DIRECT: ours, AIOHTTP: theirs}, count=rounds)
+            for name, line in found.items():
+                line.append(one.find(name, CPU).median)
+                rate = one.find(name, RATE).median
+                report.notes.append(f"{size:,} B, {name}: {line[-1]:.0f} us CPU, {rate:,.0f} deliveries/s")
+        if sizes:
+            report.axes = ("bytes of data", "us CPU a delivery")
+            report.series = [Series(name, list(sizes), line) for name, line in found.items()]
 
-        return one_round
-
-    async def _deliver(self, urls: list[str], transport: Transport | None) -> Measured:
+    def _path(self) -> Path:
         self._number += 1
-        return await _delivered(self._folder / f"{self._number}.db", urls, self._count, transport)
+        return self._folder / f"{self._number}.db"
 
-    async def _at_once(self) -> Measured:
+    async def _deliver(self, urls: list[str], count: int, make: Callable[[], Transport], *, text: int = TEXT) -> Cost:
+        path = self._path()
+        try:
+            return await _delivered(path, urls, count, make, self._watch, text=text)
+        finally:
+            path.unlink()
+
+    async def _at_once(self) -> Cost:
         transport = AtOnce()
-        measured = await self._deliver(self._plain, transport)
+        cost = await self._deliver(self._plain, self._counts.fast, lambda: transport)
         self._message = _message(transport.last)
-        return measured
+        return cost
 
 
-async def run(*, quick: bool) -> Report:
+def _compare(report: Report) -> None:
+    report.compare(AT_ONCE, AIOHTTP, unit=CPU, target=at_most(0.35))
+    report.compare(DIRECT, BARE, unit=CPU, target=at_most(3.50))
+    report.compare(DIRECT, AIOHTTP, unit=CPU)
+    report.compare(DIRECT, HTTPX2, unit=CPU, target=at_most(0.17))
+    report.compare(DIRECT_UVLOOP, AIOHTTP_UVLOOP, unit=CPU)
+    report.compare(DIRECT_TLS, HTTPX2_TLS, unit=CPU, target=at_most(0.40))
+    report.compare(DIRECT_TLS, AIOHTTP_TLS, unit=CPU)
+    report.compare(OVER_HTTPX, HTTPX2, unit=CPU, target=at_most(0.90))
+    report.compare(OVER_HTTPX_TLS, HTTPX2_TLS, unit=CPU)
+    report.compare(DIRECT, AIOHTTP, unit=RATE, target=at_least(1.25))
+    report.compare(DIRECT, HUEY, unit=RATE, target=at_least(4.0))
+    report.compare(DIRECT, HTTPX2, unit=RATE, target=at_least(6.0))
+    report.compare(DIRECT, TENACITY, unit=RATE)
+    report.compare(DIRECT_UVLOOP, AIOHTTP_UVLOOP, unit=RATE, target=at_least(1.50))
+    report.compare(DIRECT_TLS, AIOHTTP_TLS, unit=RATE)
+    report.compare(OVER_HTTPX, HUEY, unit=RATE)
+
+
+async def run(*, quick: bool, watch: Watch) -> Report:
     """Measure."""
-    count = 100 if quick else 4000
+    counts, rounds = (QUICK, 1) if quick else (FULL, 5)
     authority = trustme.CA()
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
@@ -133,19 +207,12 @@ async def run(*, quick: bool) -> Report:
         certificate = folder / "receiver.pem"
         authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(certificate))
         async with receivers(ENDPOINTS) as plain, receivers(ENDPOINTS, certificate=certificate) as secure:
-            rounds = _Rounds(folder, count, plain.answering, secure.answering, trusting)
-            report = await alternate(
+            measured = _Rounds(folder, counts, plain.answering, secure.answering, watch)
+            report = await alternate_costs(
                 f"deliver: 1 KB events, {ENDPOINTS} endpoints, {IN_FLIGHT} in flight, receivers in other processes",
-                rounds.all(),
-                count=1 if quick else 5,
+                measured.all(trusting),
+                count=rounds,
             )
-    report.compare(AT_ONCE, HTTPX2, target="<= 0.08")
-    report.compare(OVER_HTTPX, HTTPX2, target="<= 0.90")
-    report.compare(DIRECT, HTTPX2, target="<= 0.17")
-    report.compare(DIRECT_TLS, HTTPX2_TLS, target="<= 0.40")
-    middle = {name: sorted(values)[len(values) // 2] for name, values in rounds.rates.items()}
-    cpu = {result.name: result.median for result in report.results}
-    report.notes.append(f"DirectTransport / bare asyncio: {cpu[DIRECT] / cpu[BARE]:.2f} x the CPU, target <= 5")
-    report.notes.append(f"DirectTransport / httpx2: {middle[DIRECT] / middle[HTTPX2]:.2f} x the rate, target >= 6")
-    report.notes.append("a second: " + ", ".join(f"{name} {rate:.0f}" for name, rate in middle.items()))
+            await measured.sizes(report, min(rounds, 3))
+    _compare(report)
     return report

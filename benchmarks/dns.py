@@ -9,11 +9,16 @@ import asyncio
 import tempfile
 import threading
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks._harness import Report, Result
+from benchmarks._harness import Report, Result, at_most, tell
 from hookwright import DirectTransport, Dispatcher, NetworkPolicy, SystemResolver
 from hookwright.testing import Inbox
+
+if TYPE_CHECKING:
+    from benchmarks._stalls import Watch
 
 HANGING = 100
 
@@ -22,7 +27,7 @@ def _p99(values: list[float]) -> float:
     return sorted(values)[int(len(values) * 0.99)]
 
 
-async def _measure(path: Path, hanging: int, seconds: float) -> tuple[list[float], list[float]]:
+async def _measure(path: Path, hanging: int, seconds: float, watch: Watch) -> tuple[list[float], list[float]]:
     """Return the delays (ms) of the application's threads, and of deliveries to the healthy endpoint."""
     release = threading.Event()
 
@@ -45,12 +50,14 @@ async def _measure(path: Path, hanging: int, seconds: float) -> tuple[list[float
                 shutdown_timeout=0.2,
                 keys=[],
             ) as dispatcher,
+            AsyncExitStack() as stack,
         ):
             await dispatcher.endpoints.create(inbox.url.replace("127.0.0.1", "healthy.example"), events=["good"])
             for number in range(hanging):
                 await dispatcher.endpoints.create(f"https://gone{number}.example/", events=["bad"])
             await dispatcher.emit("good")
             await dispatcher.drain()
+            await stack.enter_async_context(watch.probing())
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 if hanging:
@@ -69,15 +76,15 @@ async def _measure(path: Path, hanging: int, seconds: float) -> tuple[list[float
     return threads, deliveries
 
 
-async def run(*, quick: bool) -> Report:
+async def run(*, quick: bool, watch: Watch) -> Report:
     """Measure."""
     report = Report(f"dns: beside {HANGING} endpoints whose names hang, p99")
     with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
         for hanging in (0, HANGING):
-            print(f"  {hanging} names hang", flush=True)
+            tell(f"{hanging} names hang")
             path = Path(folder) / f"{hanging}.db"
-            threads, deliveries = await _measure(path, hanging, 0.5 if quick else 8.0)
-            target = "<= 20 ms" if hanging else ""
+            threads, deliveries = await _measure(path, hanging, 0.5 if quick else 8.0, watch)
+            target = at_most(20, "ms") if hanging else None
             report.results.append(Result(f"to_thread, {hanging} hang", "ms p99", [_p99(threads)], target=target))
             report.results.append(Result(f"emit to delivered, {hanging} hang", "ms p99", [_p99(deliveries)]))
     return report

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks._fleet import Fleet, p99, refusing, store_waiting
-from benchmarks._harness import Report, Result
+from benchmarks._harness import Comparison, Report, Result, at_least, at_most, tell
 from benchmarks._receiver import receivers
 from hookwright import Dispatcher, NetworkPolicy
 
 if TYPE_CHECKING:
     from benchmarks._receiver import Receivers
+    from benchmarks._stalls import Watch
 
 ROUNDS = 5
 
@@ -83,10 +83,11 @@ class Side:
         """Hold the dead ones."""
         await asyncio.gather(*(self._dispatcher.endpoints.pause(id) for id in self.dead))
 
-    async def measure(self, case: Case) -> Measured:
+    async def measure(self, case: Case, watch: Watch) -> Measured:
         """Take one turn."""
         await asyncio.gather(*(self._dispatcher.endpoints.resume(id) for id in self.dead))
-        delay = p99(await self.fleet.stream(case.seconds))
+        async with watch.probing():
+            delay = p99(await self.fleet.stream(case.seconds))
         cpu = time.process_time()
         rate = await self.fleet.burst(case.each)
         cpu = time.process_time() - cpu
@@ -99,7 +100,7 @@ class Side:
         return sum(stats.attempts for stats in found)
 
 
-async def _compare(case: Case, rounds: int, folder: Path) -> tuple[list[Measured], list[Measured], int]:
+async def _compare(case: Case, rounds: int, folder: Path, watch: Watch) -> tuple[list[Measured], list[Measured], int]:
     async with AsyncExitStack() as stack:
         there = await stack.enter_async_context(receivers(1, 1))
         sides = []
@@ -114,10 +115,10 @@ async def _compare(case: Case, rounds: int, folder: Path) -> tuple[list[Measured
         await beside.add_dead(case, there.answering[0], dead, folder / "with.db")
         found: tuple[list[Measured], list[Measured]] = ([], [])
         for number in range(rounds):
-            print(f"  {case.name}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            tell(f"{case.name}: round {number + 1} of {rounds}")
             turns = [(without, found[0]), (beside, found[1])]
             for side, measured in turns if number % 2 == 0 else reversed(turns):
-                measured.append(await side.measure(case))
+                measured.append(await side.measure(case, watch))
         return *found, await beside.attempts()
 
 
@@ -125,23 +126,26 @@ def _tell(report: Report, case: Case, without: list[Measured], beside: list[Meas
     reference = Result("  start delay p99, without", "ms", [measured.delay for measured in without])
     limit = max(100.0, case.slower * reference.median)
     delays = [measured.delay for measured in beside]
-    report.results += [reference, Result(f"{case.name}: start delay p99", "ms", delays, target=f"<= {limit:.0f} ms")]
+    report.results += [
+        reference,
+        Result(f"{case.name}: start delay p99", "ms", delays, target=at_most(round(limit), "ms")),
+    ]
     report.results.append(Result("  throughput, without", "/s", [measured.rate for measured in without]))
     report.results.append(Result(f"{case.name}: throughput", "/s", [measured.rate for measured in beside]))
     pairs = [two.rate / one.rate for one, two in zip(without, beside, strict=True)]
-    report.results[-1].ratio, report.results[-1].reference = statistics.median(pairs), "without"
-    report.results[-1].target = ">= 0.95" if case.dead == 1 else "(no target)"
+    target = at_least(0.95) if case.dead == 1 else None
+    report.results[-1].comparisons.append(Comparison(statistics.median(pairs), target, "without"))
     report.results.append(Result("  CPU for each, without", "us", [measured.cpu for measured in without]))
     report.results.append(Result(f"{case.name}: CPU for each", "us", [measured.cpu for measured in beside]))
     report.notes.append(f"{case.name}: {case.waiting:,} waited; {attempts:,} attempts at the dead, warm-up included")
 
 
-async def run(*, quick: bool) -> Report:
+async def run(*, quick: bool, watch: Watch) -> Report:
     """Measure."""
     rounds = 1 if quick else ROUNDS
     report = Report("isolation: the healthy beside the dead; start delay from emit to the receiver's first byte")
     for case in QUICK if quick else CASES:
         with tempfile.TemporaryDirectory(prefix="hookwright-bench-") as folder:
-            _tell(report, case, *await _compare(case, rounds, Path(folder)))
+            _tell(report, case, *await _compare(case, rounds, Path(folder), watch))
     report.notes.append(f"{rounds} rounds in alternation; the ratio is the median of each round's own")
     return report
