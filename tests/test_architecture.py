@@ -31,7 +31,7 @@ LINES = [
     ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner", "storage.sqlite._wal"],
     ["storage._memory_history", "transport._dial"],
     ["transport._tls", "transport._connection", "transport._discreet"],
-    ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
+    ["storage.memory", "storage.sqlite._bulk", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],

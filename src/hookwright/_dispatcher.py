@@ -151,7 +151,7 @@ class Dispatcher:
             observers=self._observers,
             conditions=self._conditions,
             preparer=self._preparer,
-            on_stored=self._wake,
+            on_storing=self._wake,
             on_stopped_endpoints=self._endpoints_changed,
         )
         self._deliverer = Deliverer(

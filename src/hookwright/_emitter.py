@@ -49,7 +49,7 @@ class Emitter:
         observers: ObserverHub,
         conditions: Conditions,
         preparer: Preparer,
-        on_stored: Callable[[], None],
+        on_storing: Callable[[], None],
         on_stopped_endpoints: Callable[[], None],
     ) -> None:
         self._storage = storage
@@ -59,7 +59,7 @@ class Emitter:
         self._observers = observers
         self._conditions = conditions
         self._preparer = preparer
-        self._on_stored = on_stored
+        self._on_storing = on_storing
         self._on_stopped_endpoints = on_stopped_endpoints
 
     async def emit(self, new: NewEvent) -> Receipt:
@@ -70,6 +70,8 @@ class Emitter:
         while True:
             revision = self._cache.revision
             event, deliveries = self._match(emitting)
+            if deliveries:
+                self._on_storing()
             try:
                 receipt = await self._storage.enqueue(event, deliveries, endpoints_revision=revision)
             except StaleEndpoints:
@@ -94,6 +96,7 @@ class Emitter:
         while True:
             revision = self._cache.revision
             emissions = [self._match(one) for one in emitting]
+            self._on_storing()
             try:
                 receipts = await self._storage.enqueue_many(emissions, endpoints_revision=revision)
             except StaleEndpoints:
@@ -114,7 +117,7 @@ class Emitter:
 
     def _not_told(self, error: BaseException) -> None:
         """It was cancelled or failed, and may be stored all the same: then nobody else would send it."""
-        self._on_stored()
+        self._on_storing()
         if isinstance(error, StorageError):
             self._conditions.passing("emit", "an event could not be stored", error)
 
@@ -126,7 +129,6 @@ class Emitter:
     def _tell_emitted(self, event: EventRow, receipt: Receipt) -> None:
         if receipt.duplicate:
             return
-        self._on_stored()
         if self._observers.wanted:
             self._observers.report(
                 EventEmitted(event_id=event.id, event_type=event.type, delivery_count=receipt.delivery_count)

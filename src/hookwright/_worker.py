@@ -193,7 +193,7 @@ class Worker:
             unproven_limit=max(0, half - unproven),
             lease=self._lease,
             endpoint_concurrency=self._endpoint_concurrency,
-            in_flight={id: endpoint.started.keys() for id, endpoint in self._endpoints.items()},
+            in_flight={id: frozenset(endpoint.started) for id, endpoint in self._endpoints.items()},
             slow=slow,
             settling=frozenset(self._settling.values()),
         )
@@ -268,7 +268,7 @@ class Worker:
         del self._tasks[lease.token]
         if self._settling.pop(lease.token, None) is None:
             self._leave(lease)
-        if again or not self._tasks:
+        if again or (self._drainers and not self._tasks):
             self._wake.set()
 
     def _leave(self, lease: Lease) -> None:

@@ -128,6 +128,7 @@ class Port:
         self.process = process
         self.foreign = asyncio.Event()
         self.is_open = False
+        self._asked: list[asyncio.Event] = []
 
     async def open(self, clock: Clock) -> None:
         self.is_open = True
@@ -168,12 +169,18 @@ class Port:
         error, after = fault or (None, False)
         result = None
         applied = False
+        before, decided = list(self._asked), asyncio.Event()
+        self._asked.append(decided)
         try:
             await disk.pause()
             await self.cut_off()
+            if name == "claim":  # it sees what was asked for before it; all else comes in any order
+                for earlier in before:
+                    await earlier.wait()
             if error is None or after:
                 result = await disk.apply(self.process, name, arguments, options)
                 applied = True
+            self._decide(decided)
             await disk.pause()
             await self.cut_off()
             if error is not None:
@@ -183,7 +190,14 @@ class Port:
         except BaseException:
             self._was_not_told(name, arguments, result, applied=applied)
             raise
+        finally:
+            self._decide(decided)
         return result
+
+    def _decide(self, operation: asyncio.Event) -> None:
+        operation.set()
+        if operation in self._asked:
+            self._asked.remove(operation)
 
     def _was_not_told(self, name: str, arguments: Any, result: Any, *, applied: bool) -> None:
         if name == "claim" and applied:

@@ -132,7 +132,11 @@ STATS_ROWS = 100_000
 
 
 class Storage(ABC):
-    """Where events, deliveries, attempts and endpoints live."""
+    """Where events, deliveries, attempts and endpoints live.
+
+    A claim sees whatever this object was asked to write before it, even when both are asked for at once: who writes an
+    event or a result asks for the claim beside it, so that a storage can do both in one transaction.
+    """
 
     # -- life ---------------------------------------------------------------------------------------------------
 

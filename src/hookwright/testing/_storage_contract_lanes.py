@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,18 @@ class RoomContract(ContractBase):
             assert more.delivery_id == first
             held.append(first)
             assert (await world.claim(in_flight={endpoint: held})).leases == []
+
+    async def test_a_claim_sees_what_was_asked_for_before_it_even_when_both_are_asked_for_at_once(self) -> None:
+        async with self.opened() as world:
+            endpoint = await world.endpoint()
+            revision, row, event = await world.revision(), world.new_delivery(endpoint), world.new_event()
+            storing = asyncio.ensure_future(world.storage.enqueue(event, [row], endpoints_revision=revision))
+            _, claim = await asyncio.gather(storing, world.claim())
+            [lease] = claim.leases
+            assert lease.delivery_id == row.id
+            settling = asyncio.ensure_future(world.storage.settle([world.outcome(lease, DeliveryState.PENDING)]))
+            _, claim = await asyncio.gather(settling, world.claim())
+            assert [(again.delivery_id, again.number) for again in claim.leases] == [(row.id, 2)]
 
     async def test_what_is_being_settled_takes_up_no_room_and_is_not_claimed_either(self) -> None:
         async with self.opened() as world:

@@ -11,7 +11,8 @@ from hookwright._clock import FOREVER
 from hookwright._ids import new_token
 from hookwright._models import Claim, Lease
 from hookwright.storage._base import FREE_INTERRUPTIONS, allowed, opens_at
-from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END, at_once, rows_at_once
+from hookwright.storage.sqlite._bulk import at_once, rows_at_once
+from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

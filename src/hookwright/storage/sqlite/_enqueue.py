@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
 from hookwright._models import Receipt
+from hookwright.storage.sqlite._bulk import insert_rows
 from hookwright.storage.sqlite._lanes import make_due, revision
 
 if TYPE_CHECKING:
@@ -38,12 +39,10 @@ def enqueue(database: Database, waiting: Sequence[Emitted], now: int) -> list[Re
     current = revision(database)
     new: list[Emitted] = []
     answers = [_admit(database, emitted, new, current, now) for emitted in waiting]
-    database.executemany(_INSERT_EVENT, [_event_row(emitted, now) for emitted in new if not _is_keyed(emitted.event)])
-    database.executemany(
-        "INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at, created_at,"
-        " finished_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        [_delivery_row(emitted.event.id, delivery, now) for emitted in new for delivery in emitted.deliveries],
-    )
+    events = [_event_row(emitted, now) for emitted in new if not _is_keyed(emitted.event)]
+    insert_rows(database, "hookwright_event", events)
+    deliveries = [_delivery_row(emitted.event.id, delivery, now) for emitted in new for delivery in emitted.deliveries]
+    insert_rows(database, _DELIVERY, deliveries)
     due = ((d.endpoint_id, d.available_at) for emitted in new for d in emitted.deliveries if not d.skipped)
     make_due(database, due, now)
     return answers
@@ -64,7 +63,7 @@ def _admit(
     if emitted.endpoints_revision != current:
         return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
     if _is_keyed(event):  # at once, so that the next one in this group with the same key finds it
-        database.execute(_INSERT_EVENT, _event_row(emitted, now))
+        insert_rows(database, "hookwright_event", [_event_row(emitted, now)])
     new.append(emitted)
     return Receipt(event.id, _count(emitted))
 
@@ -90,7 +89,9 @@ def _duplicate(database: Database, event: EventRow) -> Receipt | None:
     return Receipt(found[0], found[2], duplicate=True)
 
 
-_INSERT_EVENT = "INSERT INTO hookwright_event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+_DELIVERY = (
+    "hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at, created_at, finished_at)"
+)
 
 
 def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
@@ -107,6 +108,7 @@ def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
         event.digest,
         _count(emitted),
         event.trace_context,
+        None,
     )
 
 

@@ -9,7 +9,8 @@ later wait by time. The claim reads the heads of both queues and serves them in 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,20 +24,6 @@ TURNS_END = 2**44
 """Below are turns, above are times: a time reaches it in half a year after 1970, a turn in the year 4200."""
 
 
-def at_once(columns: str, source: str) -> str:
-    """Return a query that answers with all rows of `source` in one: see `rows_at_once`."""
-    return f"SELECT json_group_array(json_array({columns})) FROM ({source})"
-
-
-def rows_at_once(database: Database, query: str, parameters: Any) -> list[list[Any]]:
-    """Return the rows of a query that `at_once` made.
-
-    A row that is fetched by itself hands the interpreter's lock to the event loop, and waits until it comes back.
-    """
-    rows: list[list[Any]] = json.loads(database.execute(query, parameters).fetchone()[0])
-    return rows
-
-
 def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> None:
     """Make lanes due no later than these rows (endpoint, available_at), each lane in one step."""
     turn = now >> TURN_BITS
@@ -44,10 +31,15 @@ def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> N
     for endpoint_id, available_at in rows:
         due_at = available_at if available_at > now else turn
         earliest[endpoint_id] = min(due_at, earliest.get(endpoint_id, due_at))
-    database.executemany(
-        "UPDATE hookwright_lane SET due_at = ?1 WHERE endpoint_id = ?2 AND due_at > ?1",
-        [(due_at, endpoint_id) for endpoint_id, due_at in earliest.items()],
-    )
+    alike: defaultdict[int, list[str]] = defaultdict(list)
+    for endpoint_id, due_at in earliest.items():
+        alike[due_at].append(endpoint_id)
+    for due_at, endpoint_ids in alike.items():
+        database.execute(
+            "UPDATE hookwright_lane SET due_at = ?1"
+            " WHERE endpoint_id IN (SELECT value FROM json_each(?2)) AND due_at > ?1",
+            (due_at, json.dumps(endpoint_ids)),
+        )
 
 
 REVISION = "SELECT value FROM hookwright_meta WHERE key = 'endpoints_revision'"

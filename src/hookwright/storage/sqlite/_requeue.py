@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from hookwright._errors import ConflictError, NotFound
 from hookwright._models import TEST_TYPE
 from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage.sqlite._bulk import insert_rows
 from hookwright.storage.sqlite._claim import record_interruption
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
 from hookwright.storage.sqlite._lanes import make_due, revision
-from hookwright.storage.sqlite._settle import attempt_row, insert_attempts
+from hookwright.storage.sqlite._settle import attempt_row
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -102,4 +103,4 @@ def record_test(database: Database, emission: Emission, state: DeliveryState, at
         "UPDATE hookwright_delivery SET state = ?, attempt_count = 1, last_status = ?, last_error = ? WHERE id = ?",
         (state.value, attempt.status, attempt.error, delivery.id),
     )
-    insert_attempts(database, [attempt_row(delivery.id, 1, attempt)])
+    insert_rows(database, "hookwright_attempt", [attempt_row(delivery.id, 1, attempt)])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from hookwright._health import Change, came_true, cool_down
 from hookwright._models import DeliveryState, Settled
+from hookwright.storage.sqlite._bulk import at_once, insert_rows, rows_at_once
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
-from hookwright.storage.sqlite._lanes import at_once, make_due, revision, rows_at_once
+from hookwright.storage.sqlite._lanes import make_due, revision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -90,18 +90,7 @@ class _Rows:
                 " WHERE id IN (SELECT value FROM json_each(?))",
                 (*ended, json.dumps(delivery_ids)),
             )
-        insert_attempts(database, self._attempts)
-
-
-_INSERTED_TOGETHER = 16
-
-
-def insert_attempts(database: Database, attempts: Sequence[tuple[Any, ...]]) -> None:
-    """Write attempts (see `attempt_row`), several with one statement."""
-    for begin in range(0, len(attempts), _INSERTED_TOGETHER):
-        some = attempts[begin : begin + _INSERTED_TOGETHER]
-        rows = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(some))
-        database.execute(f"INSERT INTO hookwright_attempt VALUES {rows}", [*itertools.chain.from_iterable(some)])
+        insert_rows(database, "hookwright_attempt", self._attempts)
 
 
 def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[Any, ...]:

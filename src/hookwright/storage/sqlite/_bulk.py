@@ -1,0 +1,39 @@
+"""Many rows with one statement, and one step of it.
+
+SQLite's thread hands the interpreter's lock over for every step, and waits to get it back from a busy event loop: what
+a row takes by itself is ten times what it takes among others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookwright.storage.sqlite._owner import Database
+
+
+def at_once(columns: str, source: str) -> str:
+    """Return a query that answers with all rows of `source` in one: see `rows_at_once`."""
+    return f"SELECT json_group_array(json_array({columns})) FROM ({source})"
+
+
+def rows_at_once(database: Database, query: str, parameters: Any) -> list[list[Any]]:
+    """Return the rows of a query that `at_once` made."""
+    rows: list[list[Any]] = json.loads(database.execute(query, parameters).fetchone()[0])
+    return rows
+
+
+_TOGETHER = 32
+
+
+def insert_rows(database: Database, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert rows into a table, or into some columns of it, several with one statement."""
+    for begin in range(0, len(rows), _TOGETHER):
+        some = rows[begin : begin + _TOGETHER]
+        one = f"({', '.join('?' * len(some[0]))})"
+        values = ", ".join([one] * len(some))
+        database.execute(f"INSERT INTO {into} VALUES {values}", [*itertools.chain.from_iterable(some)])
