@@ -266,9 +266,10 @@ class Worker:
 
     def _free_slot(self, lease: Lease, *, again: bool) -> None:
         del self._tasks[lease.token]
-        if self._settling.pop(lease.token, None) is None:
+        claimed_for = self._settling.pop(lease.token, None) is not None
+        if not claimed_for:
             self._leave(lease)
-        if again or (self._drainers and not self._tasks):
+        if again or not claimed_for or (self._drainers and not self._tasks):
             self._wake.set()
 
     def _leave(self, lease: Lease) -> None:
