@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -20,7 +22,7 @@ from hookwright._observe import WorkerFailed
 from hookwright.storage._base import ClaimRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hookwright._clock import Clock, Timer
     from hookwright._conditions import Conditions
@@ -37,6 +39,11 @@ SLOW = 1 * SECOND
 
 CLAIM_MOST = 64
 """Leases that one claim asks for at most: it is a transaction that everybody else waits for."""
+
+TURN = 0.005
+"""Seconds that the beginnings of attempts may take in one turn of the loop."""
+
+_LEARNING = 0.3
 
 _BACKOFF_MOST = 5.0
 """Seconds between two looks while the storage fails: a look is cheap, and it may be well again any time."""
@@ -56,6 +63,37 @@ class _InFlight:
     def __init__(self) -> None:
         self.proven = False
         self.started: dict[str, int] = {}
+
+
+class _Pace:
+    """How many attempts are begun in one turn of the loop, so that the host's own callbacks wait for TURN at most.
+
+    How long the beginning of one takes depends on the transport and the size of the data: it is measured.
+    """
+
+    def __init__(self) -> None:
+        self._each = 0.0
+
+    @property
+    def at_once(self) -> int:
+        """How many may begin together."""
+        return CLAIM_MOST if self._each * CLAIM_MOST <= TURN else max(1, int(TURN / self._each))
+
+    @contextmanager
+    def measured(self, count: int) -> Iterator[None]:
+        """Measure the first steps of `count` tasks that are created meanwhile."""
+        loop, begun = asyncio.get_running_loop(), 0.0
+
+        def begin() -> None:
+            nonlocal begun
+            begun = loop.time()
+
+        def end() -> None:
+            self._each += ((loop.time() - begun) / count - self._each) * _LEARNING
+
+        loop.call_soon(begin)
+        yield
+        loop.call_soon(end)
 
 
 class _Pass(NamedTuple):
@@ -99,6 +137,7 @@ class Worker:
         self._endpoints: dict[str, _InFlight] = {}
         self._tasks: dict[str, tuple[asyncio.Task[None], Lease]] = {}
         self._settling: dict[str, str] = {}
+        self._pace = _Pace()
         self._wake = asyncio.Event()
         self._stopping = False
         self._asked = asyncio.Event()
@@ -223,10 +262,15 @@ class Worker:
 
     async def _start_all(self, leases: list[Lease]) -> None:
         # A slot is free only when its result is on disk; what was claimed for one whose result is not goes back.
-        free = self._concurrency - len(self._tasks)
-        for lease in leases[:free]:
-            self._start(lease)
-        await self._give_back(leases[free:], sent=False)
+        waiting = deque(leases)
+        while waiting and len(self._tasks) < self._concurrency and not self._stopping:
+            some = min(self._pace.at_once, len(waiting), self._concurrency - len(self._tasks))
+            with self._pace.measured(some):
+                for _ in range(some):
+                    self._start(waiting.popleft())
+            if waiting:
+                await asyncio.sleep(0)
+        await self._give_back(list(waiting), sent=False)
 
     def _start(self, lease: Lease) -> None:
         endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
