@@ -25,11 +25,17 @@ from hookwright import (
     WaitTimeout,
     WorkerFailed,
 )
+from hookwright.storage._base import DEFAULT_HEALTH
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hookwright import Failure, Response
+    from hookwright._health import HealthPolicy
+    from hookwright._models import Claim, Outcome, Settled
+    from hookwright.storage._base import ClaimRequest
 
 
 class Gauge(FakeTransport):
@@ -406,3 +412,47 @@ async def test_drain_gives_up_after_its_timeout(storage_url: str, clock: Virtual
             await draining
         with pytest.raises(WaitTimeout, match="1 of 1"):
             await waiting
+
+
+class _SlowToSettle(MemoryStorage):
+    """Settles when it is let, and keeps what claims asked for and brought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.claims: list[tuple[ClaimRequest, Claim]] = []
+        self.settling = asyncio.Event()
+        self.may_settle = asyncio.Event()
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        found = await super().claim(request)
+        self.claims.append((request, found))
+        return found
+
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
+        self.settling.set()
+        await self.may_settle.wait()
+        return await super().settle(outcomes, policy)
+
+
+async def test_what_is_being_settled_is_named_in_the_claim_and_leaves_its_slot_to_it() -> None:
+    storage, transport = _SlowToSettle(), FakeTransport()
+    async with Dispatcher(storage, transport=transport, concurrency=1, keys=[]) as dispatcher:
+        await dispatcher.endpoints.create(f"{URL}/1", events=["*"])
+        await dispatcher.endpoints.create(f"{URL}/2", events=["*"])
+        await dispatcher.emit("video.ready")
+        await storage.settling.wait()
+        await until(lambda: storage.claims[-1][0].settling)
+        request, found = storage.claims[-1]
+        [settling] = request.settling
+        assert (request.limit, request.in_flight) == (1, {})
+        [claimed] = found.leases
+        assert claimed.delivery_id != settling
+        # What is claimed is not begun before its slot is free: it is given back.
+        await until(lambda: [row.token for row in storage._rows.values()].count(None) == 1)
+        asked = len(storage.claims)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (len(transport.requests), len(storage.claims)) == (1, asked)  # nor claimed again and again
+        storage.may_settle.set()
+        await dispatcher.drain(timeout=5)
+        assert sorted(request.url for request in transport.requests) == [f"{URL}/1", f"{URL}/2"]

@@ -165,10 +165,10 @@ class Worker:
         self._wake.set()
 
     def note_unsettled(self, token: str) -> None:
-        """Count a slot as taken again: its result could not be written."""
-        del self._settling[token]
-        lease = self._tasks[token][1]
-        self._endpoints.setdefault(lease.endpoint_id, _InFlight()).started[lease.delivery_id] = self._clock.now()
+        """Count a slot as taken again: its result is not written yet."""
+        if self._settling.pop(token, None) is not None:
+            lease = self._tasks[token][1]
+            self._endpoints.setdefault(lease.endpoint_id, _InFlight()).started[lease.delivery_id] = self._clock.now()
 
     async def run(self) -> None:
         """Deliver until `stop`. It may be called again when it raised."""
@@ -270,7 +270,10 @@ class Worker:
                     self._start(waiting.popleft())
             if waiting:
                 await asyncio.sleep(0)
-        await self._give_back(list(waiting), sent=False)
+        if waiting:
+            for token in list(self._settling):
+                self.note_unsettled(token)
+            await self._give_back(list(waiting), sent=False)
 
     def _start(self, lease: Lease) -> None:
         endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
