@@ -93,11 +93,19 @@ class ClaimRequest(NamedTuple):
     further_limit: int = 2**31
 
 
+CHANGES_MOST = 1_000
+"""Endpoints that one `changes` should return at most: writers may have to wait for it."""
+
+
 class Changes(NamedTuple):
-    """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked."""
+    """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked.
+
+    They are all that changed up to `revision`; `more` have changed after it.
+    """
 
     revision: int
     endpoints: Sequence[EndpointRow]
+    more: bool = False
 
 
 class DeliveryFilter(NamedTuple):
@@ -300,7 +308,10 @@ class Storage(ABC):
 
     @abstractmethod
     async def changes(self, since_revision: int) -> Changes:
-        """Return the endpoints with a greater revision, tombstones included, and the counter's value."""
+        """Return the endpoints with a greater revision, tombstones included, and the counter's value.
+
+        When there are too many for one answer: those with the least revisions, and the greatest of these, with `more`.
+        """
 
     # -- history ------------------------------------------------------------------------------------------------
 
