@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound, StaleEndpoints, StorageError, ValidationFailed
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
-from hookwright._ids import new_id
+from hookwright._ids import new_id, new_ids
 from hookwright._models import ALL_TENANTS, Emission, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
 from hookwright._prepare import lease_of
@@ -150,15 +150,15 @@ class Emitter:
             wanting = self._cache.match(event.type, event.tenant, emitting.attributes)
         else:
             wanting = [emitting.endpoint_id] if self._cache.exists(emitting.endpoint_id) else []
-        return Emission(event, [self._new_delivery(endpoint_id, emitting.available_at) for endpoint_id in wanting])
+        return Emission(event, self._new_deliveries(wanting, emitting.available_at))
 
-    def _new_delivery(self, endpoint_id: str, available_at: int) -> NewDelivery:
-        return NewDelivery(
-            id=new_id("dlv", self._clock.now()),
-            endpoint_id=endpoint_id,
-            available_at=available_at,
-            skipped=self._cache.is_disabled(endpoint_id),
-        )
+    def _new_deliveries(self, wanting: Sequence[str], available_at: int = 0) -> list[NewDelivery]:
+        ids = new_ids("dlv", self._clock.now(), len(wanting))
+        is_disabled = self._cache.is_disabled
+        return [
+            NewDelivery(id, endpoint_id, available_at, is_disabled(endpoint_id))
+            for id, endpoint_id in zip(ids, wanting, strict=True)
+        ]
 
     def alert(self, type: str, endpoint_id: str, data: dict[str, Any]) -> Emission | None:
         """Return an operational event about an endpoint, if anybody subscribed to it."""
@@ -170,7 +170,7 @@ class Emitter:
         now = self._clock.now()
         about_it = {"tenant": tenant, "endpoint_name": None if about is None else about.row.name}
         event = EventRow(new_id("evt", now), type, to_json(data | about_it), self._clock.wall(), tenant)
-        return Emission(event, [self._new_delivery(wanting_id, 0) for wanting_id in wanting])
+        return Emission(event, self._new_deliveries(wanting))
 
     async def explain(self, new: NewEvent) -> Explanation:
         """See `Dispatcher.explain`."""
@@ -189,6 +189,7 @@ class Emitter:
             if reason is not None:
                 mismatches.append(Mismatch(endpoint_id=endpoint_id, reason=reason))
             elif endpoint is not None:
-                lease = lease_of(event, self._new_delivery(endpoint_id, 0), self._clock.now())
+                [delivery] = self._new_deliveries([endpoint_id])
+                lease = lease_of(event, delivery, self._clock.now())
                 matches.append(match_of(self._preparer, lease, endpoint))
         return Explanation(matches=tuple(matches), mismatches=tuple(mismatches))
