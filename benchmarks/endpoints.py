@@ -78,7 +78,11 @@ def _report(there: dict[str, Alone], found: dict[str, dict[str, list[float]]], s
         target = at_most(1024, "B", judged=most >= 10_000)
         report.results.append(Result(f"memory for each of {_name(shape, most)}", "B", [more], target))
         report.results.append(Result(f"start with {_name(shape, most)}", "ms", [began["start"]]))
-        report.results.append(Result("  the loop's worst stall meanwhile", "ms", [began["stall"]]))
+        report.results.append(Result("  the loop's worst stall before, idle", "ms", [began["idle"]]))
+        limit = round(max(20.0, 2 * began["idle"]), 1)
+        report.results.append(
+            Result("  the loop's worst stall meanwhile", "ms", [began["stall"]], at_most(limit, "ms"))
+        )
         line = [report.find(_name(shape, size), CPU).median for size in sizes]
         report.series.append(Series(f"the others: {shape}", list(sizes), line))
     report.axes = ("endpoints", "us CPU an event")

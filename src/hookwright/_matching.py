@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     Filters = Mapping[str, TypedValues]
 
 HOT_MOST: Final = 10_000
-"""Endpoints that are kept ready to be sent to; any other is made ready when a delivery needs it, which takes 20 us."""
+"""Endpoints that are kept ready to be sent to, at about 4 KB each.
+
+Any other is made ready when a delivery needs it, which takes 0.1 to 0.3 ms with all that its first request needs.
+"""
 
 _AT_ONCE: Final = 100
 """Changed endpoints that are taken over before other tasks of the loop have their turn."""
