@@ -8,6 +8,7 @@ Both print what they measured as JSON objects, one in a line.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -54,11 +55,15 @@ def _say(figures: Figures) -> None:
 async def _started(dispatcher: Dispatcher) -> Figures:
     async with stalls() as idle:
         await asyncio.sleep(IDLE)
+    begin = time.perf_counter()
+    gc.collect()
+    collector = (time.perf_counter() - begin) * 1000
     imports, begin = resident(), time.perf_counter()
     async with stalls() as seen:
         await dispatcher.start()
     took = (time.perf_counter() - begin) * 1000
-    return {"imports": imports, "start": took, "started": resident(), "idle": idle.worst, "stall": seen.worst}
+    stalled = {"idle": idle.worst, "collector": collector, "stall": seen.worst}
+    return {"imports": imports, "start": took, "started": resident(), **stalled}
 
 
 async def _emit(dispatcher: Dispatcher, count: int) -> Figures:
