@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from benchmarks import (
+    backlog,
     deliver,
     dns,
     emit,
+    endpoints,
+    fanout,
     gone,
     history,
     idle,
     imports,
     isolation,
     latency,
+    memory,
     million,
     outage,
     scale,
@@ -41,6 +45,10 @@ class Benchmark(Protocol):
 
 BENCHMARKS: dict[str, Benchmark] = {
     "emit": emit,
+    "fanout": fanout,
+    "endpoints": endpoints,
+    "backlog": backlog,
+    "memory": memory,
     "deliver": deliver,
     "latency": latency,
     "isolation": isolation,

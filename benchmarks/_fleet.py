@@ -107,25 +107,29 @@ def refusing() -> Iterator[str]:
         yield f"http://127.0.0.1:{held.getsockname()[1]}/"
 
 
-def store_waiting(path: Path, endpoints: Sequence[str], rows: int) -> None:
-    """Store events that wait for these endpoints in turn, quickly. Nobody may have the file open for delivering."""
+def store_waiting(path: Path, endpoints: Sequence[str], rows: int, *, first: int = 0) -> None:
+    """Store events that wait for these endpoints in turn, quickly. Nobody may have the file open for delivering.
+
+    `first` is how many were stored so before: their ids go on from there.
+    """
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("CREATE TEMP TABLE endpoint (i INTEGER PRIMARY KEY, id TEXT)")
     database.executemany("INSERT INTO endpoint VALUES (?, ?)", enumerate(endpoints))
     now = time.time_ns() // 1000
-    for begin in range(0, rows, _BATCH):
-        span = (begin, min(begin + _BATCH, rows))
+    last = first + rows
+    for begin in range(first, last, _BATCH):
+        span = (begin, min(begin + _BATCH, last))
         database.execute("BEGIN")
         database.execute(
             _FILL + "INSERT INTO hookwright_event SELECT printf('evt_00%010x%020d', i, i), 'bad', NULL, x'7b7d', '{}',"
-            f" {now} - {rows} + i, {now} - {rows} + i, NULL, NULL, 1, NULL, NULL FROM n",
+            f" {now} - {last} + i, {now} - {last} + i, NULL, NULL, 1, NULL, NULL FROM n",
             span,
         )
         database.execute(
             _FILL + "INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at,"
             " created_at) SELECT printf('dlv_00%010x%020d', i, i), printf('evt_00%010x%020d', i, i),"
             f" (SELECT id FROM endpoint WHERE endpoint.i = n.i % {len(endpoints)}), 'pending', 0, 0,"
-            f" {now} - {rows} + i FROM n",
+            f" {now} - {last} + i FROM n",
             span,
         )
         database.execute("COMMIT")

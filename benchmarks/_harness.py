@@ -124,13 +124,15 @@ RATE = "deliveries/s"
 
 
 class Cost(NamedTuple):
-    """What one delivery cost (microseconds of CPU), and how many there were in a second."""
+    """What one delivery, or event, cost (microseconds of CPU), and how many there were in a second."""
 
     cpu: float
     rate: float
 
 
-async def alternate_costs(title: str, rounds: dict[str, Callable[[], Awaitable[Cost]]], *, count: int) -> Report:
+async def alternate_costs(
+    title: str, rounds: dict[str, Callable[[], Awaitable[Cost]]], *, count: int, rate: str = RATE
+) -> Report:
     """Run every thing `count` times, in turn, and keep CPU and rate of each as results of their own."""
     found: dict[str, list[Cost]] = {name: [] for name in rounds}
     for number in range(count):
@@ -138,7 +140,7 @@ async def alternate_costs(title: str, rounds: dict[str, Callable[[], Awaitable[C
             tell(f"round {number + 1} of {count}: {name}")
             found[name].append(await measure())
     results = [Result(name, CPU, [cost.cpu for cost in costs]) for name, costs in found.items()]
-    results += [Result(name, RATE, [cost.rate for cost in costs]) for name, costs in found.items()]
+    results += [Result(name, rate, [cost.rate for cost in costs]) for name, costs in found.items()]
     return Report(title, results)
 
 

@@ -17,6 +17,10 @@ from benchmarks._stalls import stalls
 ROOT = Path(__file__).parents[1]
 NAMES = [
     "emit",
+    "fanout",
+    "endpoints",
+    "backlog",
+    "memory",
     "deliver",
     "latency",
     "isolation",

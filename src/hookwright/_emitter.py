@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic_core import to_json
@@ -9,8 +10,8 @@ from pydantic_core import to_json
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound, StaleEndpoints, StorageError, ValidationFailed
 from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
-from hookwright._ids import new_id
-from hookwright._models import ALL_TENANTS, Emission, EndpointState, EventRow, NewDelivery, Receipt, check_id
+from hookwright._ids import new_id, new_ids
+from hookwright._models import ALL_TENANTS, Emission, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
 from hookwright._prepare import lease_of
 from hookwright._snapshot import NewEvent, TypedValues, check_aware, snapshot
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
     from hookwright._conditions import Conditions
-    from hookwright._matching import CachedEndpoint, EndpointCache
+    from hookwright._matching import EndpointCache
     from hookwright._observe import ObserverHub
     from hookwright._prepare import Preparer
     from hookwright.storage._base import Storage
+
+
+_EXPLAINED_AT_ONCE = 100
+"""Endpoints that `explain` looks at before other tasks of the loop have their turn."""
 
 
 class _Emitting(NamedTuple):
@@ -144,19 +149,18 @@ class Emitter:
     def _match(self, emitting: _Emitting) -> Emission:
         event = emitting.event
         if emitting.endpoint_id is None:
-            endpoints = self._cache.match(event.type, event.tenant, emitting.attributes)
+            wanting = self._cache.match(event.type, event.tenant, emitting.attributes)
         else:
-            endpoint = self._cache.get(emitting.endpoint_id)
-            endpoints = [endpoint] if endpoint is not None else []
-        return Emission(event, [self._new_delivery(endpoint, emitting.available_at) for endpoint in endpoints])
+            wanting = [emitting.endpoint_id] if self._cache.exists(emitting.endpoint_id) else []
+        return Emission(event, self._new_deliveries(wanting, emitting.available_at))
 
-    def _new_delivery(self, endpoint: CachedEndpoint, available_at: int) -> NewDelivery:
-        return NewDelivery(
-            id=new_id("dlv", self._clock.now()),
-            endpoint_id=endpoint.row.id,
-            available_at=available_at,
-            skipped=endpoint.row.state is EndpointState.DISABLED,
-        )
+    def _new_deliveries(self, wanting: Sequence[str], available_at: int = 0) -> list[NewDelivery]:
+        ids = new_ids("dlv", self._clock.now(), len(wanting))
+        is_disabled = self._cache.is_disabled
+        return [
+            NewDelivery(id, endpoint_id, available_at, is_disabled(endpoint_id))
+            for id, endpoint_id in zip(ids, wanting, strict=True)
+        ]
 
     def alert(self, type: str, endpoint_id: str, data: dict[str, Any]) -> Emission | None:
         """Return an operational event about an endpoint, if anybody subscribed to it."""
@@ -168,7 +172,7 @@ class Emitter:
         now = self._clock.now()
         about_it = {"tenant": tenant, "endpoint_name": None if about is None else about.row.name}
         event = EventRow(new_id("evt", now), type, to_json(data | about_it), self._clock.wall(), tenant)
-        return Emission(event, [self._new_delivery(endpoint, 0) for endpoint in wanting])
+        return Emission(event, self._new_deliveries(wanting))
 
     async def explain(self, new: NewEvent) -> Explanation:
         """See `Dispatcher.explain`."""
@@ -176,11 +180,18 @@ class Emitter:
         await self._cache.refresh(self._cache.revision)
         matches: list[Match] = []
         mismatches: list[Mismatch] = []
-        for endpoint in self._cache.all():
-            reason = why_not(endpoint, event, wanted)
-            if reason is None:
-                lease = lease_of(event, self._new_delivery(endpoint, 0), self._clock.now())
+        for number, endpoint_id in enumerate(self._cache.all()):
+            if number % _EXPLAINED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            row = self._cache.row(endpoint_id)
+            if row is None:
+                continue
+            reason = why_not(row, self._cache.filters(endpoint_id), event, wanted)
+            endpoint = self._cache.get(endpoint_id) if reason is None else None
+            if reason is not None:
+                mismatches.append(Mismatch(endpoint_id=endpoint_id, reason=reason))
+            elif endpoint is not None:
+                [delivery] = self._new_deliveries([endpoint_id])
+                lease = lease_of(event, delivery, self._clock.now())
                 matches.append(match_of(self._preparer, lease, endpoint))
-            else:
-                mismatches.append(Mismatch(endpoint_id=endpoint.row.id, reason=reason))
         return Explanation(matches=tuple(matches), mismatches=tuple(mismatches))

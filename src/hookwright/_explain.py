@@ -12,8 +12,8 @@ from hookwright._prepare import Prepared, Unrenderable, Unusable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from hookwright._matching import CachedEndpoint
-    from hookwright._models import EventRow, Lease
+    from hookwright._matching import CachedEndpoint, Filters
+    from hookwright._models import EndpointRow, EventRow, Lease
     from hookwright._prepare import Preparer
     from hookwright._snapshot import TypedValues
 
@@ -53,14 +53,13 @@ class Explanation(NamedTuple):
     mismatches: tuple[Mismatch, ...]
 
 
-def why_not(endpoint: CachedEndpoint, event: EventRow, attributes: Mapping[str, TypedValues]) -> str | None:
+def why_not(row: EndpointRow, filters: Filters, event: EventRow, attributes: Mapping[str, TypedValues]) -> str | None:
     """Return why the endpoint does not want the event; None: it does."""
-    row = endpoint.row
     if row.tenant is not ALL_TENANTS and row.tenant != event.tenant:
         return f"tenant: it serves {row.tenant!r}, the event is of {event.tenant!r}"
     if not set(row.events) & set(candidates(event.type)):
         return f"events: none of {', '.join(row.events)} matches {event.type}"
-    for key, allowed in endpoint.filters.items():
+    for key, allowed in filters.items():
         if key not in attributes:
             return f"filters: the event has no attribute {key!r}"
         if not allowed & attributes[key]:

@@ -13,7 +13,7 @@ import pytest
 
 from hookwright import DeliveryState, Failure, MemoryStorage, StorageError
 from hookwright._delivery import Deliverer
-from hookwright._matching import CachedEndpoint, EndpointCache
+from hookwright._matching import CachedEndpoint, EndpointCache, SubscriptionIndex
 from hookwright._worker import Worker
 from tests.simulation._port import Port
 from tests.simulation._simulate import simulate
@@ -238,7 +238,7 @@ MUTATIONS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a worker that is not told of new events": (Worker, "wake", lambda worker: None),
     "a worker that sends on leases about to end": (Deliverer, "_lease_covers", lambda deliverer, lease, request: True),
     "secrets that never end": (CachedEndpoint, "live_secrets", _all_secrets),
-    "matching that does not look at tenants": (CachedEndpoint, "wants", lambda endpoint, tenant, attributes: True),
+    "matching that does not look at tenants": (SubscriptionIndex, "_key", lambda index, tenant, pattern: pattern),
     "an emitter that does not see new endpoints": (EndpointCache, "refresh", _matches_nothing_new),
 }
 

@@ -95,11 +95,19 @@ class ClaimRequest(NamedTuple):
     settling: Collection[str] = ()
 
 
+CHANGES_MOST = 1_000
+"""Endpoints that one `changes` should return at most: writers may have to wait for it."""
+
+
 class Changes(NamedTuple):
-    """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked."""
+    """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked.
+
+    They are all that changed up to `revision`; `more` have changed after it.
+    """
 
     revision: int
     endpoints: Sequence[EndpointRow]
+    more: bool = False
 
 
 class DeliveryFilter(NamedTuple):
@@ -306,7 +314,10 @@ class Storage(ABC):
 
     @abstractmethod
     async def changes(self, since_revision: int) -> Changes:
-        """Return the endpoints with a greater revision, tombstones included, and the counter's value."""
+        """Return the endpoints with a greater revision, tombstones included, and the counter's value.
+
+        When there are too many for one answer: those with the least revisions, and the greatest of these, with `more`.
+        """
 
     # -- history ------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
 from hookwright._clock import FOREVER
 from hookwright._errors import ConflictError, NotFound
 from hookwright._health import EndpointHealth
 from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key, Page
-from hookwright.storage._base import Changes, rate_interval
+from hookwright.storage._base import CHANGES_MOST, Changes, rate_interval
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 from hookwright.storage.sqlite._lanes import bump_revision, revision
 
@@ -187,8 +189,14 @@ def page(database: Database, *, limit: int, cursor: str | None, tenant: str | No
 
 def changes(database: Database, since_revision: int) -> Changes:
     """See `Storage.changes`."""
-    rows = database.execute(_SELECT + " WHERE p.revision > ? ORDER BY p.revision", (since_revision,)).fetchall()
-    return Changes(revision(database), [_to_row(row) for row in rows])
+    # Each change has a revision of its own, so that none is cut in two by the limit.
+    rows = database.execute(
+        _SELECT + " WHERE p.revision > ? ORDER BY p.revision LIMIT ?", (since_revision, CHANGES_MOST)
+    ).fetchall()
+    changed = [_to_row(row) for row in rows]
+    current = revision(database)
+    more = len(changed) == CHANGES_MOST and changed[-1].revision < current
+    return Changes(changed[-1].revision if more else current, changed, more)
 
 
 def _to_columns(endpoint: EndpointRow) -> dict[str, Any]:
@@ -220,17 +228,13 @@ def _to_columns(endpoint: EndpointRow) -> dict[str, Any]:
 def _to_row(row: tuple[Any, ...]) -> EndpointRow:
     values = dict(zip(_COLUMNS, row, strict=False))
     everyone = values.pop("all_tenants")
-    return EndpointRow(
-        **values
-        | {
-            "deleted": bool(values["deleted"]),
-            "state": EndpointState(values["state"]),
-            "tenant": ALL_TENANTS if everyone else values["tenant"],
-            "events": tuple(json.loads(values["events"])),
-            "filters": {key: tuple(allowed) for key, allowed in json.loads(values["filters"]).items()},
-            "metadata": json.loads(values["metadata"]),
-            "headers": tuple((name, value) for name, value in json.loads(values["headers"])),
-            "keys": tuple(Key(*key) for key in json.loads(values["keys"])),
-            "health": EndpointHealth(row[-4], row[-3], None if row[-2] is None else bool(row[-2]), row[-1]),
-        }
-    )
+    values["deleted"] = bool(values["deleted"])
+    values["state"] = EndpointState(values["state"])
+    values["tenant"] = ALL_TENANTS if everyone else values["tenant"]
+    values["events"] = tuple(from_json(values["events"]))
+    values["filters"] = {key: tuple(allowed) for key, allowed in from_json(values["filters"]).items()}
+    values["metadata"] = json.loads(values["metadata"])
+    values["headers"] = tuple((name, value) for name, value in from_json(values["headers"]))
+    values["keys"] = tuple(Key(*key) for key in from_json(values["keys"]))
+    health = EndpointHealth(row[-4], row[-3], None if row[-2] is None else bool(row[-2]), row[-1])
+    return EndpointRow(**values, health=health)
