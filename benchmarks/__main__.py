@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME... [--results DIR] [--quick]`."""
+"""`python -m benchmarks list | run NAME... [--results DIR] [--quick] | document`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from benchmarks import (
     scale,
     stall,
 )
+from benchmarks._document import fill
 from benchmarks._harness import save, show
 from benchmarks._plot import draw
 from benchmarks._stalls import Watch
@@ -63,6 +64,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "stall": stall,
 }
 RESULTS = Path(__file__).with_name("results")
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 async def _measure(benchmark: Benchmark, *, quick: bool) -> Report:
@@ -100,10 +102,14 @@ def main() -> None:
     running.add_argument(
         "--quick", action="store_true", help="tiny counts: shows that it runs, not how fast; writes only with --results"
     )
+    commands.add_parser("document", help="write the figures in benchmarks/results into docs/performance.md")
     options = parser.parse_args()
     if options.command == "list":
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:12}{(benchmark.__doc__ or '').splitlines()[0].partition(': ')[2]}")
+        return
+    if options.command == "document":
+        print(f"{PAGE.name}: {', '.join(fill(PAGE, RESULTS))}")
         return
     folder = options.results or (None if options.quick else RESULTS)
     _run(list(BENCHMARKS) if "all" in options.names else options.names, folder, quick=options.quick)

@@ -168,8 +168,8 @@ def show(report: Report) -> None:
     print(f"\n{report.title}")
     print(f"  {'what':{width}}{'median':>10}  {'spread':>21}  {'unit':13}{'ratio':>7}  target")
     for result in results:
-        spread = f"{_figure(min(result.values))} - {_figure(max(result.values))}"
-        line = f"  {result.name:{width}}{_figure(result.median):>10}  {spread:>21}  {result.unit:13}"
+        spread = f"{figure(min(result.values))} - {figure(max(result.values))}"
+        line = f"  {result.name:{width}}{figure(result.median):>10}  {spread:>21}  {result.unit:13}"
         for shown in [_compared(one) for one in result.comparisons] or [""]:
             print(f"{line}{shown}".rstrip())
             line = " " * len(line)
@@ -177,7 +177,8 @@ def show(report: Report) -> None:
         print(f"  {note}")
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """Return a figure with as many digits as are worth reading."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 

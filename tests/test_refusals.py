@@ -68,6 +68,7 @@ async def test_fields_of_the_wrong_kind_are_refused(dispatcher: Dispatcher, opti
         (lambda: Dispatcher("memory:", transport=5), "transport: must be a Transport"),  # type: ignore[arg-type]
         (lambda: Dispatcher("memory:", retention=30), "retention: must be a timedelta"),  # type: ignore[arg-type]
         (lambda: Dispatcher("memory:", profiles=[Profile()]), "profiles: must be a Mapping"),  # type: ignore[arg-type]
+        (lambda: Dispatcher("memory:", profiles={"half \ud800": Profile()}), "is no name: give printable text"),
         (lambda: Dispatcher("memory:", profiles={"x": 5}), "'x' must be a Profile"),  # type: ignore[dict-item]
         (lambda: Dispatcher("memory:").on(print), r"@dispatcher\.on\(\)"),  # type: ignore[arg-type]
         (lambda: Profile(retry=[1, 2]), "retry: give"),  # type: ignore[arg-type]

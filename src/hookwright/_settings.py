@@ -34,6 +34,8 @@ def check_settings(
 ) -> None:
     """Raise ConfigurationError for settings that do not go together."""
     for name, profile in profiles.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise ConfigurationError(f"profiles: {name!r} is no name: give printable text")
         if not isinstance(profile, Profile):
             raise ConfigurationError(f"profiles: {name!r} must be a Profile, not {type(profile).__name__}")
     if retention is not None and not isinstance(retention, timedelta):

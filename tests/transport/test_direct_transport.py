@@ -18,6 +18,7 @@ from hookwright.testing._transport_contract_base import OPEN, Peer, answers, dea
 from hookwright.transport import direct
 from hookwright.transport._dial import Dialler, Target
 from tests.conftest import until
+from tests.transport.answers import code, status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,16 +37,6 @@ async def transporting(**options: Any) -> AsyncIterator[DirectTransport]:
         yield transport
     finally:
         await transport.aclose()
-
-
-def status(answer: Response | Failure) -> int:
-    assert isinstance(answer, Response), answer
-    return answer.status
-
-
-def code(answer: Response | Failure) -> str:
-    assert isinstance(answer, Failure), answer
-    return answer.code
 
 
 async def test_a_kept_connection_that_breaks_is_replaced_once_and_not_once_for_each_that_was_kept() -> None:

@@ -15,6 +15,7 @@ from hookwright import ConfigurationError, Failure, HttpxTransport, NetworkPolic
 from hookwright.testing import TransportContract
 from hookwright.testing._transport_contract_base import GOOD, HOST, OPEN, good, loopback, receiving, serving, trusting
 from hookwright.transport._pinned import PinnedTransport
+from tests.transport.answers import code, status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,16 +43,6 @@ async def transporting(**options: Any) -> AsyncIterator[HttpxTransport]:
         yield transport
     finally:
         await transport.aclose()
-
-
-def status(answer: Response | Failure) -> int:
-    assert isinstance(answer, Response), answer
-    return answer.status
-
-
-def code(answer: Response | Failure) -> str:
-    assert isinstance(answer, Failure), answer
-    return answer.code
 
 
 async def test_a_pool_that_nothing_was_sent_to_is_closed_without_another_send() -> None:

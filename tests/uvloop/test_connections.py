@@ -33,6 +33,7 @@ from hookwright.transport._connection import BUFFER, Connection
 from hookwright.transport._dial import DialFailed, Dialled, Dialler, Reached, Target, TLSFailed, attach, secure
 from hookwright.transport._pinned import _Stream
 from tests.conftest import until
+from tests.transport.answers import code
 
 if TYPE_CHECKING:
     import ssl
@@ -57,11 +58,6 @@ def request(url: str, **changes: Any) -> Request:
 
 def transport_of(kind: Kind, network: NetworkPolicy = OPEN) -> Transport:
     return kind(network=network, ssl_context=trusting(), resolver=loopback)
-
-
-def code(answer: Response | Failure) -> str:
-    assert isinstance(answer, Failure), answer
-    return answer.code
 
 
 # -- before `create_connection` returns ----------------------------------------------------------------------------
