@@ -82,14 +82,18 @@ async def _measure(benchmark: Benchmark, *, quick: bool) -> Report:
 
 
 def _run(names: list[str], folder: Path | None, *, quick: bool) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         report = asyncio.run(_measure(BENCHMARKS[name], quick=quick))
+        if quick:
+            report.title = f"QUICK, the figures say nothing: {report.title}"
         show(report)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             command = f"python -m benchmarks run {name}{' --quick' if quick else ''}"
             save(report, folder / f"{name}.json", command=command)
             draw(report, folder / f"{name}.svg")
+            print(f"  written to {folder}: {name}.json, {name}.svg")
 
 
 def main() -> None:
@@ -111,6 +115,8 @@ def main() -> None:
     if options.command == "document":
         print(f"{PAGE.name}: {', '.join(fill(PAGE, RESULTS))}")
         return
+    if options.results is not None and options.results.is_file():
+        parser.error(f"--results: {options.results} is a file: give a folder")
     folder = options.results or (None if options.quick else RESULTS)
     _run(list(BENCHMARKS) if "all" in options.names else options.names, folder, quick=options.quick)
 

@@ -65,7 +65,7 @@ def differences(pinned: Counts, found: Counts) -> list[str]:
     lines: list[str] = []
     for name, before, now in zip(Counts._fields, pinned, found, strict=True):
         if before != now:
-            advice = ": better, lower the pin" if now < before else ""
+            advice = ": better, lower the pin" if now < before else ": find out why, or raise the pin and say why"
             lines.append(f"{name}: {before:,} pinned, {now:,} found ({now - before:+,}){advice}")
     return lines
 

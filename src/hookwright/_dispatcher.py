@@ -152,6 +152,7 @@ class Dispatcher:
             conditions=self._conditions,
             preparer=self._preparer,
             on_storing=self._wake,
+            on_stored=lambda: self._worker.note_stored(),
             on_stopped_endpoints=self._endpoints_changed,
         )
         self._deliverer = Deliverer(

@@ -55,6 +55,7 @@ class Emitter:
         conditions: Conditions,
         preparer: Preparer,
         on_storing: Callable[[], None],
+        on_stored: Callable[[], None],
         on_stopped_endpoints: Callable[[], None],
     ) -> None:
         self._storage = storage
@@ -65,6 +66,7 @@ class Emitter:
         self._conditions = conditions
         self._preparer = preparer
         self._on_storing = on_storing
+        self._on_stored = on_stored
         self._on_stopped_endpoints = on_stopped_endpoints
 
     async def emit(self, new: NewEvent) -> Receipt:
@@ -134,6 +136,7 @@ class Emitter:
     def _tell_emitted(self, event: EventRow, receipt: Receipt) -> None:
         if receipt.duplicate:
             return
+        self._on_stored()
         if self._observers.wanted:
             self._observers.report(
                 EventEmitted(event_id=event.id, event_type=event.type, delivery_count=receipt.delivery_count)

@@ -50,6 +50,8 @@ def filters_of(filters: Mapping[str, Sequence[str | int | bool]] | None) -> dict
         allowed = tuple([values] if isinstance(values, (str, int)) else values)
         if not allowed or not all(isinstance(value, (str, int)) for value in allowed):
             raise ValidationFailed("filters", f"{key!r} needs a list of at least one str, int or bool")
+        for text in (key, *(value for value in allowed if isinstance(value, str))):
+            check_text("filters", text)
         checked[key] = allowed
     return checked
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pydantic_core import from_json, to_json
 
 from hookwright._catalogue import candidates
+from hookwright._errors import StorageError
 from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key
 from hookwright._secret import Secret
 from hookwright._signing import usable
@@ -33,7 +34,7 @@ HOT_MOST: Final = 10_000
 Any other is made ready when a delivery needs it, which takes 0.1 to 0.3 ms with all that its first request needs.
 """
 
-_AT_ONCE: Final = 100
+_AT_ONCE: Final = 32
 """Changed endpoints that are taken over before other tasks of the loop have their turn."""
 
 
@@ -147,7 +148,10 @@ class EndpointCache:
                 return False
             stopped, revision, more = False, self.revision, True
             while more:
-                revision, rows, more = await self._storage.changes(revision)
+                since = revision
+                revision, rows, more = await self._storage.changes(since)
+                if more and revision <= since:
+                    raise StorageError(f"changes({since}) says that there are more, but comes no further: see Changes")
                 for begin in range(0, len(rows), _AT_ONCE):
                     await asyncio.sleep(0)
                     for row in rows[begin : begin + _AT_ONCE]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hookwright._conditions import Conditions
     from hookwright._delivery import Deliverer
     from hookwright._matching import EndpointCache
-    from hookwright._models import Claim, Lease
+    from hookwright._models import Claim, Lease, Settled
     from hookwright._observe import ObserverHub
     from hookwright.storage._base import Storage
 
@@ -44,6 +44,10 @@ TURN = 0.005
 """Seconds that the beginnings of attempts may take in one turn of the loop."""
 
 _LEARNING = 0.3
+"""The weight of the latest measurement."""
+
+_LOOK_AGAIN = 1.0
+"""Seconds after which the worker looks for an event that a claim may have overtaken."""
 
 _BACKOFF_MOST = 5.0
 """Seconds between two looks while the storage fails: a look is cheap, and it may be well again any time."""
@@ -56,13 +60,24 @@ _RELEASE_GRACE = 0.1
 
 
 class _InFlight:
-    """What one endpoint has in flight: when each attempt was started, oldest first."""
+    """What one endpoint has in flight: when each attempt was started, and whether it answered the last one well."""
 
     __slots__ = ("proven", "started")
 
-    def __init__(self) -> None:
-        self.proven = False
+    def __init__(self, *, proven: bool) -> None:
+        self.proven = proven
         self.started: dict[str, int] = {}
+
+
+class _Slot:
+    """One attempt, from its beginning until its result is on disk."""
+
+    __slots__ = ("lease", "started", "task")
+
+    def __init__(self, lease: Lease, started: int) -> None:
+        self.lease = lease
+        self.started = started
+        self.task: asyncio.Task[None] | None = None
 
 
 class _Pace:
@@ -135,9 +150,13 @@ class Worker:
         self._lease = round(lease * SECOND)
         self._on_stopped_endpoints = on_stopped_endpoints
         self._endpoints: dict[str, _InFlight] = {}
-        self._tasks: dict[str, tuple[asyncio.Task[None], Lease]] = {}
-        self._settling: dict[str, str] = {}
+        self._slots: dict[str, _Slot] = {}
+        self._settling: dict[str, _Slot] = {}
+        self._waiting: deque[Lease] = deque()
         self._pace = _Pace()
+        self._claims = 0
+        self._claims_when_stored = 0
+        self._looker: Timer | None = None
         self._wake = asyncio.Event()
         self._stopping = False
         self._asked = asyncio.Event()
@@ -151,29 +170,43 @@ class Worker:
     @property
     def in_flight(self) -> int:
         """How many slots are taken: a slot is free only when its result is on disk."""
-        return len(self._tasks)
+        return len(self._slots)
 
     def wake(self) -> None:
         """Look for work now."""
         self._wake.set()
 
+    def note_stored(self) -> None:
+        """Look again in a while, unless a claim is asked for until then: what was stored may have been overtaken by it.
+
+        A storage carries out in order what it is asked for (see Storage), but one that wraps another may be late.
+        """
+        self._claims_when_stored = self._claims
+        if self._looker is None:
+            self._looker = self._clock.call_later(_LOOK_AGAIN, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looker = None
+        if self._claims == self._claims_when_stored:
+            self._wake.set()
+
     def note_settling(self, token: str) -> None:
         """Claim for the slot of a lease whose result is being written: the storage may do both in one transaction."""
-        lease = self._tasks[token][1]
-        self._settling[token] = lease.delivery_id
-        self._leave(lease)
+        slot = self._settling[token] = self._slots[token]
+        self._leave(slot)
         self._wake.set()
 
     def note_unsettled(self, token: str) -> None:
         """Count a slot as taken again: its result is not written yet."""
-        if self._settling.pop(token, None) is not None:
-            lease = self._tasks[token][1]
-            self._endpoints.setdefault(lease.endpoint_id, _InFlight()).started[lease.delivery_id] = self._clock.now()
+        slot = self._settling.pop(token, None)
+        if slot is not None:
+            self._enter(slot)
 
     async def run(self) -> None:
         """Deliver until `stop`. It may be called again when it raised."""
         self._ended.clear()
         try:
+            await self._give_back_waiting()
             while not self._stopping:
                 self._wake.clear()
                 self._asked.clear()
@@ -190,11 +223,12 @@ class Worker:
             self._ended.set()
 
     async def _claim_and_start(self) -> _Pass:
-        free = min(CLAIM_MOST, self._concurrency - len(self._tasks) + len(self._settling))
+        free = min(CLAIM_MOST, self._concurrency - len(self._slots) + len(self._settling))
         if free <= 0:
             return _Pass(idle=False, delay=None)
         claim = None
         try:
+            self._claims += 1
             claim = await self._storage.claim(self._request(free))
             await self._refresh_endpoints(claim)
         except StorageClosed as error:
@@ -216,11 +250,11 @@ class Worker:
             self._wake.set()  # there may be more
         delay = None if claim.next_due is None else max(0.0, (claim.next_due - self._clock.now()) / SECOND)
         # A wake-up since the claim began (a result was written, an event stored) may have brought something due.
-        return _Pass(idle=not self._tasks and not self._wake.is_set(), delay=delay)
+        return _Pass(idle=not self._slots and not self._wake.is_set(), delay=delay)
 
     def _request(self, free: int) -> ClaimRequest:
         slow_before = self._clock.now() - SLOW
-        slow = {id for id, endpoint in self._endpoints.items() if next(iter(endpoint.started.values())) < slow_before}
+        slow = {id for id, endpoint in self._endpoints.items() if min(endpoint.started.values()) < slow_before}
         unproven = sum(
             len(endpoint.started) for id, endpoint in self._endpoints.items() if not endpoint.proven or id in slow
         )
@@ -234,7 +268,7 @@ class Worker:
             endpoint_concurrency=self._endpoint_concurrency,
             in_flight={id: frozenset(endpoint.started) for id, endpoint in self._endpoints.items()},
             slow=slow,
-            settling=frozenset(self._settling.values()),
+            settling=frozenset(slot.lease.delivery_id for slot in self._settling.values()),
         )
 
     async def _refresh_endpoints(self, claim: Claim) -> None:
@@ -262,48 +296,59 @@ class Worker:
 
     async def _start_all(self, leases: list[Lease]) -> None:
         # A slot is free only when its result is on disk; what was claimed for one whose result is not goes back.
-        waiting = deque(leases)
-        while waiting and len(self._tasks) < self._concurrency and not self._stopping:
-            some = min(self._pace.at_once, len(waiting), self._concurrency - len(self._tasks))
+        self._waiting.extend(leases)
+        while self._waiting and len(self._slots) < self._concurrency and not self._stopping:
+            some = min(self._pace.at_once, len(self._waiting), self._concurrency - len(self._slots))
             with self._pace.measured(some):
                 for _ in range(some):
-                    self._start(waiting.popleft())
-            if waiting:
+                    self._start(self._waiting.popleft())
+            if self._waiting:
                 await asyncio.sleep(0)
-        if waiting:
-            for token in list(self._settling):
-                self.note_unsettled(token)
-            await self._give_back(list(waiting), sent=False)
+        for token in list(self._settling)[: len(self._waiting)]:
+            self.note_unsettled(token)
+        await self._give_back_waiting()
+
+    async def _give_back_waiting(self) -> None:
+        leases = list(self._waiting)
+        await self._give_back(leases, sent=False)
+        self._waiting.clear()
 
     def _start(self, lease: Lease) -> None:
-        endpoint = self._endpoints.setdefault(lease.endpoint_id, _InFlight())
-        endpoint.proven = lease.proven
         now = self._clock.now()
-        endpoint.started[lease.delivery_id] = now
         self.lag = max(0, now - lease.due_at) / SECOND
-        task = asyncio.get_running_loop().create_task(self._carry_out(lease, endpoint))
-        self._tasks[lease.token] = task, lease
+        slot = self._slots[lease.token] = _Slot(lease, now)
+        self._enter(slot)
+        self._endpoints[lease.endpoint_id].proven = lease.proven
+        slot.task = asyncio.get_running_loop().create_task(self._carry_out(slot))  # the loop may run it at once
 
-    async def _carry_out(self, lease: Lease, endpoint: _InFlight) -> None:
+    async def _carry_out(self, slot: _Slot) -> None:
         again = True
         try:
-            settled = await self._deliverer.deliver(lease)
+            settled = await self._deliverer.deliver(slot.lease)
         except StorageClosed:
             pass
         except Exception as error:
             # A defect of ours. The lease ends by itself, and counts as an interruption.
-            _logger.exception("delivery %s could not be carried out", lease.delivery_id)
+            _logger.exception("delivery %s could not be carried out", slot.lease.delivery_id)
             self._sweep_later()
             self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
         else:
-            # After a success there is nothing new: its slot was claimed for when the result was handed over.
-            again = settled is None or settled.next_attempt_at is not None or bool(settled.changes)
-            if settled is not None and settled.proven is not None:
-                endpoint.proven = settled.proven
+            again = settled is None or self._opens_something(slot.lease.endpoint_id, settled)
             if settled is None or settled.stopped:  # what was given back may belong to an endpoint that is gone
                 self._on_stopped_endpoints()
         finally:
-            self._free_slot(lease, again=again)
+            self._free_slot(slot, again=again)
+
+    def _opens_something(self, endpoint_id: str, settled: Settled) -> bool:
+        """Note what became of an endpoint; say whether that lets something be claimed beyond the slot itself.
+
+        The claim for the slot was asked for before this was known.
+        """
+        endpoint = self._endpoints.get(endpoint_id)
+        learned = endpoint is not None and settled.proven is not None and endpoint.proven != settled.proven
+        if endpoint is not None and settled.proven is not None:
+            endpoint.proven = settled.proven
+        return learned or not settled.held or settled.next_attempt_at is not None or bool(settled.changes)
 
     def _sweep_later(self) -> None:
         """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
@@ -311,19 +356,24 @@ class Worker:
             self._sweeper.cancel()
         self._sweeper = self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
 
-    def _free_slot(self, lease: Lease, *, again: bool) -> None:
-        del self._tasks[lease.token]
-        claimed_for = self._settling.pop(lease.token, None) is not None
-        if not claimed_for:
-            self._leave(lease)
-        if again or not claimed_for or (self._drainers and not self._tasks):
+    def _free_slot(self, slot: _Slot, *, again: bool) -> None:
+        token = slot.lease.token
+        del self._slots[token]
+        if self._settling.pop(token, None) is None:
+            again = True  # nothing was claimed for it
+            self._leave(slot)
+        if again or (self._drainers and not self._slots):
             self._wake.set()
 
-    def _leave(self, lease: Lease) -> None:
-        endpoint = self._endpoints[lease.endpoint_id]
-        del endpoint.started[lease.delivery_id]
+    def _enter(self, slot: _Slot) -> None:
+        endpoint = self._endpoints.setdefault(slot.lease.endpoint_id, _InFlight(proven=slot.lease.proven))
+        endpoint.started[slot.lease.delivery_id] = slot.started
+
+    def _leave(self, slot: _Slot) -> None:
+        endpoint = self._endpoints[slot.lease.endpoint_id]
+        del endpoint.started[slot.lease.delivery_id]
         if not endpoint.started:
-            del self._endpoints[lease.endpoint_id]
+            del self._endpoints[slot.lease.endpoint_id]
 
     async def drain(self, timeout: float | None) -> None:
         """Return when nothing can be claimed now and nothing is in flight, or raise WaitTimeout."""
@@ -341,25 +391,30 @@ class Worker:
         self._stopping = True
         self._wake.set()
         self._asked.set()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._looker):
+            if timer is not None:
+                timer.cancel()
         ended = asyncio.ensure_future(self._ended.wait())
         # In real time: under a virtual clock that nobody advances, a shutdown would never end.
-        await asyncio.wait({ended, *(task for task, _ in self._tasks.values())}, timeout=timeout)
+        await asyncio.wait({ended, *self._tasks()}, timeout=timeout)
         ended.cancel()
-        unfinished = list(self._tasks.values())
-        for task, _ in unfinished:
+        unfinished, leases = self._tasks(), [slot.lease for slot in self._slots.values()]
+        for task in unfinished:
             task.cancel()
         if unfinished:
             _logger.info("closing with %d attempts unfinished: their leases are given back", len(unfinished))
-            _, deaf = await asyncio.wait([task for task, _ in unfinished], timeout=_CANCEL_GRACE)
+            _, deaf = await asyncio.wait(unfinished, timeout=_CANCEL_GRACE)
             if deaf:
                 _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
-            with anyio.move_on_after(_RELEASE_GRACE):
-                await self._give_back([lease for _, lease in unfinished], sent=True)
+        with anyio.move_on_after(_RELEASE_GRACE):
+            await self._give_back(leases, sent=True)
+            await self._give_back_waiting()
         for drainer in self._drainers:
             if not drainer.done():
                 drainer.set_exception(WaitTimeout("the dispatcher was closed before everything due was delivered"))
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [slot.task for slot in self._slots.values() if slot.task is not None]
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
         if not leases:

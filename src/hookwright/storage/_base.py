@@ -102,7 +102,8 @@ CHANGES_MOST = 1_000
 class Changes(NamedTuple):
     """The endpoints whose matching, state, url, secret or profile changed since a revision; deleted ones are marked.
 
-    They are all that changed up to `revision`; `more` have changed after it.
+    They are all that changed up to `revision`. With `more`, others have changed after it, and `revision` is greater
+    than what was asked for: whoever asks goes on with `changes(revision)` until there are no more.
     """
 
     revision: int
@@ -143,7 +144,9 @@ class Storage(ABC):
     """Where events, deliveries, attempts and endpoints live.
 
     A claim sees whatever this object was asked to write before it, even when both are asked for at once: who writes an
-    event or a result asks for the claim beside it, so that a storage can do both in one transaction.
+    event or a result asks for the claim beside it, so that a storage can do both in one transaction. One that wraps
+    another keeps that order: it awaits nothing before it hands on `enqueue`, `enqueue_many`, `settle` or `claim`. What
+    a claim overtook lies until something else makes the worker look, for a second at most.
     """
 
     # -- life ---------------------------------------------------------------------------------------------------

@@ -164,7 +164,8 @@ class MemoryStorage(MemoryHistory):
                 room = min(room, allowed(interval, lane.rate_at, now))
             first = 0 if held else 1
             room = min(room, first + further_left)
-            claimable = [row for row in self._due_rows(lane, now) if row.id not in (*held, *request.settling)]
+            taken = {*held, *request.settling}
+            claimable = [row for row in self._due_rows(lane, now) if row.id not in taken]
             found = claimable[: max(0, room)]
             further_left -= max(0, len(found) - first)
             if found:

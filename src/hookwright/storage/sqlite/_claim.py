@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter, deque
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,26 +40,34 @@ _LANES = at_once(
 )
 
 
-# For several lanes at once, as many rows of each: a statement costs as much as three rows. Two walks along the queue's
-# index, which no sorting interrupts: rows for now, and rows by time.
-def _rows(condition: str, order: str) -> str:
-    return f"""
+# Two walks along the queue's index, which no sorting interrupts, for all lanes with one statement: rows for now, and
+# rows by time. What is asked for is only looked up when it is chosen.
+def _ids(condition: str, order: str) -> str:
+    return f"""(
+    SELECT json_group_array(id) FROM (
+        SELECT id FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
+        WHERE endpoint_id = lane.value AND state = 'pending' AND {condition} ORDER BY {order} LIMIT :limit
+    )
+)"""
+
+
+_DUE = f"""
+SELECT json_group_array(json_array(lane.value, json({_ids("available_at = 0", "id")}),
+    json({_ids("available_at > 0 AND available_at <= :now", "available_at, id")})))
+FROM json_each(:lanes) AS lane
+"""
+
+_ROWS = """
 SELECT d.endpoint_id, d.id, d.event_id, d.token, d.attempt_count, d.interruptions, d.budget_from, d.created_at,
        d.scheduled_at, e.type, e.data, e.tenant, e.occurred_at, d.renewed_at, d.available_at
-FROM json_each(:lanes) AS lane
-CROSS JOIN hookwright_delivery AS d ON d.id IN (
-    SELECT id FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
-    WHERE endpoint_id = lane.value AND state = 'pending' AND {condition} ORDER BY {order} LIMIT :limit
-)
+FROM json_each(?) AS chosen
+CROSS JOIN hookwright_delivery AS d ON d.id = chosen.value
 CROSS JOIN hookwright_event AS e ON e.id = d.event_id
 """
 
 
-_ROWS = (
-    _rows("available_at = 0", "id")
-    + " UNION ALL "
-    + _rows("available_at > 0 AND available_at <= :now", "available_at, id")
-)
+_LOOKED_UP = 4
+"""Ids that are read at most at first for each row that is wanted."""
 
 
 class _Ready(NamedTuple):
@@ -98,98 +106,104 @@ class _Claiming:
 
     def serve(self, lanes: Sequence[_Ready]) -> bool:
         """Serve these lanes in turn, as far as there is room; say whether one turned out to be early, or closed."""
-        early = False
-        while True:
-            rooms, closed = self._share_out(lanes)
-            found = self._due_rows(rooms)
-            self._lease([(lane, found[lane.endpoint_id]) for lane in rooms if lane.endpoint_id in found])
-            empty = [lane.endpoint_id for lane in rooms if lane.endpoint_id not in found]
-            early = _were_early(self._database, empty, self._now) or bool(closed) or early
-            # What some did not need is shared out again, among those that were not reached, or might have more.
-            lanes = [lane for lane in lanes if lane not in closed and _may_have_more(lane, rooms, found)]
-            if not rooms:
-                return early
+        rooms, early = self._rooms(lanes)
+        waiting, most = deque(rooms.items()), _LOOKED_UP * self._request.limit
+        while waiting and self._left > 0:
+            some: dict[_Ready, int] = {}
+            asked = 0
+            while waiting and asked < most:
+                lane, room = waiting.popleft()
+                some[lane], asked = room, asked + room
+            early = self._serve(some) or early
+            most *= 2  # lanes that have room for many, and few rows
+        return early
 
-    def _share_out(self, lanes: Sequence[_Ready]) -> tuple[dict[_Ready, int], list[_Ready]]:
-        """Return how many rows each may give, in turn, and which lanes are closed for their rate."""
+    def _serve(self, rooms: dict[_Ready, int]) -> bool:
+        due = self._due(rooms)
+        served: list[tuple[_Ready, list[str]]] = []
+        for lane, room in rooms.items():
+            ids = due[lane.endpoint_id]
+            found = ids[: self._give(lane, min(room, len(ids)))]
+            if found:
+                served.append((lane, found))
+        self._lease(served)
+        return _were_early(self._database, [id for id, found in due.items() if not found], self._now)
+
+    def _rooms(self, lanes: Sequence[_Ready]) -> tuple[dict[_Ready, int], bool]:
+        """Return the lanes with room, in turn, and how much they have; and whether one is closed for its rate."""
         rooms: dict[_Ready, int] = {}
-        closed: list[_Ready] = []
-        left, unproven_left, further_left = self._left, self._unproven_left, self._further_left
+        closed = False
         for lane in lanes:
-            if left <= 0:
-                break
-            doubtful, first = self._is_doubtful(lane), self._first(lane)
-            room = min(_room(lane, self._request) - self._taken[lane.endpoint_id], left, first + further_left)
-            room = min(room, unproven_left) if doubtful else room
+            room = _room(lane, self._request) - self._taken[lane.endpoint_id]
             if room > 0 and lane.rate_interval is not None:
                 room = min(room, allowed(lane.rate_interval, lane.rate_at, self._now))
                 if room <= 0:
                     _wait_for_rate(self._database, lane, 0, self._now)
-                    closed.append(lane)
+                    closed = True
             if room > 0:
-                rooms[lane] = room
-                left, unproven_left = left - room, unproven_left - room * doubtful
-                further_left -= room - first
-        return rooms, closed
+                rooms[lane] = min(room, self._left, self._first(lane) + self._further_left)
+        return {lane: room for lane, room in rooms.items() if room > 0}, closed
 
-    def _is_doubtful(self, lane: _Ready) -> bool:
-        return lane.earned == 0 or lane.endpoint_id in self._request.slow
+    def _give(self, lane: _Ready, count: int) -> int:
+        """Return how many of so many rows a lane may give, as far as there is any left, and count them."""
+        first = self._first(lane)
+        count = min(count, self._left, first + self._further_left)
+        if lane.earned == 0 or lane.endpoint_id in self._request.slow:
+            count = min(count, self._unproven_left)
+            self._unproven_left -= count
+        self._left -= count
+        self._further_left -= max(0, count - first)
+        self._taken[lane.endpoint_id] += count
+        return count
 
     def _first(self, lane: _Ready) -> int:
         """Return how many of a lane's rows are not counted as further ones: the first, unless it has one already."""
         return 0 if self._taken[lane.endpoint_id] or lane.endpoint_id in self._request.in_flight else 1
 
-    def _due_rows(self, rooms: dict[_Ready, int]) -> dict[str, list[_Row]]:
-        """Return rows that are due, by endpoint: those that wait longest, no more than there is room for."""
-        alike: defaultdict[int, list[str]] = defaultdict(list)
-        for lane, room in rooms.items():
-            alike[room].append(lane.endpoint_id)
-        found: dict[str, list[_Row]] = {}
-        for room, endpoints in alike.items():
-            for endpoint_id, rows in self._longest_waiting(endpoints, room).items():
-                held = {*self._request.in_flight.get(endpoint_id, ()), *self._request.settling}
-                if any(row[1] in held for row in rows):  # its lease has ended, but not the attempt: look past those
-                    rows = self._longest_waiting([endpoint_id], room + len(held))[endpoint_id]
-                    rows = [row for row in rows if row[1] not in held]
-                if rows:
-                    found[endpoint_id] = rows[:room]
-        return found
+    def _due(self, rooms: dict[_Ready, int]) -> dict[str, list[str]]:
+        """Return the rows that are due, by endpoint: those that wait longest, as many as there is room for."""
+        due = self._first_due([lane.endpoint_id for lane in rooms], max(rooms.values()))
+        settling = self._request.settling
+        for endpoint_id, ids in due.items():
+            held = self._request.in_flight.get(endpoint_id, ())
+            if any(id in held or id in settling for id in ids):  # a lease has ended, but not its attempt: look on
+                further = self._first_due([endpoint_id], max(rooms.values()) + len(held) + len(settling))
+                due[endpoint_id] = [id for id in further[endpoint_id] if id not in held and id not in settling]
+        return due
 
-    def _longest_waiting(self, endpoints: Sequence[str], limit: int) -> dict[str, list[_Row]]:
-        found: defaultdict[str, list[_Row]] = defaultdict(list)
+    def _first_due(self, endpoints: list[str], limit: int) -> dict[str, list[str]]:
         wanted = {"lanes": json.dumps(endpoints), "now": self._now, "limit": limit}
-        for row in self._database.execute(_ROWS, wanted).fetchall():
-            found[row[0]].append(_Row(row))
-        for rows in found.values():
-            if rows[-1][14]:  # some are due by time: they wait in line with those for now
-                rows.sort(key=_due_since)
-        return found
+        found = json.loads(self._database.execute(_DUE, wanted).fetchone()[0])
+        return {
+            endpoint_id: self._by_waiting(for_now + by_time)[:limit] if for_now and by_time else for_now or by_time
+            for endpoint_id, for_now, by_time in found
+        }
 
-    def _lease(self, served: Sequence[tuple[_Ready, list[_Row]]]) -> None:
-        """Lease rows, each under a fresh token, and count them."""
-        for lane, rows in served:
+    def _by_waiting(self, ids: list[str]) -> list[str]:
+        """Return rows for now and rows by time in one line."""
+        since = (
+            "SELECT id FROM hookwright_delivery WHERE id IN (SELECT value FROM json_each(?))"
+            " ORDER BY iif(available_at, available_at, created_at), id"
+        )
+        return [row[0] for row in self._database.execute(since, (json.dumps(ids),)).fetchall()]
+
+    def _lease(self, served: Sequence[tuple[_Ready, list[str]]]) -> None:
+        """Lease rows, each under a fresh token."""
+        if not served:
+            return
+        chosen = json.dumps([id for _, ids in served for id in ids])
+        proven = {lane.endpoint_id: lane.earned > 0 for lane, _ in served}
+        place = {id: number for number, id in enumerate(id for _, ids in served for id in ids)}
+        until, token = self._now + self._request.lease, new_token()
+        self.leases.extend(
+            _lease_of(self._database, row, f"{token}{place[row[1]]}", until, proven=proven[row[0]], now=self._now)
+            for row in map(_Row, self._database.execute(_ROWS, (chosen,)).fetchall())
+        )
+        self._database.execute(_LEASE, {"leased": chosen, "token": token, "until": until})
+        for lane, ids in served:
             if lane.rate_interval is not None:
-                _wait_for_rate(self._database, lane, len(rows), self._now)
-            self._left -= len(rows)
-            self._unproven_left -= len(rows) * self._is_doubtful(lane)
-            self._further_left -= len(rows) - self._first(lane)
-            self._taken[lane.endpoint_id] += len(rows)
-        chosen = [(row, lane.earned > 0) for lane, rows in served for row in rows]
-        if chosen:
-            until, token = self._now + self._request.lease, new_token()
-            self.leases.extend(
-                _lease_of(self._database, row, f"{token}{number}", until, proven=proven, now=self._now)
-                for number, (row, proven) in enumerate(chosen)
-            )
-            leased = json.dumps([row[1] for row, _ in chosen])
-            self._database.execute(_LEASE, {"leased": leased, "token": token, "until": until})
-            _move_on(self._database, [lane.endpoint_id for lane, _ in served], self._now)
-
-
-def _may_have_more(lane: _Ready, rooms: dict[_Ready, int], found: dict[str, list[_Row]]) -> bool:
-    if lane not in rooms:
-        return True
-    return len(found.get(lane.endpoint_id, ())) == rooms[lane] and lane.rate_interval is None
+                _wait_for_rate(self._database, lane, len(ids), self._now)
+        _move_on(self._database, list(proven), self._now)
 
 
 def _room(lane: _Ready, request: ClaimRequest) -> int:
@@ -223,10 +237,6 @@ class _Row(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         return f"_Row({self[0]!r})"
-
-
-def _due_since(row: tuple[Any, ...]) -> tuple[int, str]:
-    return (row[14] or row[7], row[1])  # available_at, or created_at when it was due from the beginning
 
 
 def _lease_of(database: Database, row: _Row, token: str, until: int, *, proven: bool, now: int) -> Lease:

@@ -232,7 +232,7 @@ def _to_row(row: tuple[Any, ...]) -> EndpointRow:
     values["state"] = EndpointState(values["state"])
     values["tenant"] = ALL_TENANTS if everyone else values["tenant"]
     values["events"] = tuple(from_json(values["events"]))
-    values["filters"] = {key: tuple(allowed) for key, allowed in from_json(values["filters"]).items()}
+    values["filters"] = {key: tuple(allowed) for key, allowed in json.loads(values["filters"]).items()}
     values["metadata"] = json.loads(values["metadata"])
     values["headers"] = tuple((name, value) for name, value in from_json(values["headers"]))
     values["keys"] = tuple(Key(*key) for key in from_json(values["keys"]))
