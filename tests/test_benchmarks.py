@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from benchmarks._document import fill
 from benchmarks._harness import Report, Result, Series, at_least, at_most, save, show
 from benchmarks._plot import draw
 from benchmarks._stalls import stalls
@@ -83,3 +84,10 @@ async def test_the_probe_sees_a_loop_that_is_blocked() -> None:
         await asyncio.sleep(0.01)
     assert found.worst >= 40
     assert found.count >= 2
+
+
+def test_the_performance_page_shows_the_figures_of_the_results(tmp_path: Path) -> None:
+    page, copy = ROOT / "docs" / "performance.md", tmp_path / "performance.md"
+    copy.write_text(page.read_text("utf-8"), "utf-8")
+    assert "deliver" in fill(copy, ROOT / "benchmarks" / "results")
+    assert copy.read_text("utf-8") == page.read_text("utf-8"), "run: python -m benchmarks document"

@@ -1,0 +1,203 @@
+"""Slots: claimed for while their results are being written, taken and freed, and nothing lost in between."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from hookwright import DeliveryState, Dispatcher, MemoryStorage, Profile, Request, Response
+from hookwright.storage._base import DEFAULT_HEALTH
+from hookwright.testing import FakeTransport, VirtualClock
+from tests.conftest import URL, until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pytest
+
+    from hookwright._health import HealthPolicy
+    from hookwright._models import Claim, Outcome, Settled
+    from hookwright.storage._base import ClaimRequest
+
+
+class _SlowToSettle(MemoryStorage):
+    """Settles when it is let, and keeps what claims asked for and brought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.claims: list[tuple[ClaimRequest, Claim]] = []
+        self.settling = asyncio.Event()
+        self.may_settle = asyncio.Event()
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        found = await super().claim(request)
+        self.claims.append((request, found))
+        return found
+
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
+        self.settling.set()
+        await self.may_settle.wait()
+        return await super().settle(outcomes, policy)
+
+
+async def test_what_is_being_settled_is_named_in_the_claim_and_leaves_its_slot_to_it() -> None:
+    storage, transport = _SlowToSettle(), FakeTransport()
+    async with Dispatcher(storage, transport=transport, concurrency=1, keys=[]) as dispatcher:
+        await dispatcher.endpoints.create(f"{URL}/1", events=["*"])
+        await dispatcher.endpoints.create(f"{URL}/2", events=["*"])
+        await dispatcher.emit("video.ready")
+        await storage.settling.wait()
+        await until(lambda: storage.claims[-1][0].settling)
+        request, found = storage.claims[-1]
+        [settling] = request.settling
+        assert (request.limit, request.in_flight) == (1, {})
+        [claimed] = found.leases
+        assert claimed.delivery_id != settling
+        # What is claimed is not begun before its slot is free: it is given back.
+        await until(lambda: [row.token for row in storage._rows.values()].count(None) == 1)
+        asked = len(storage.claims)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (len(transport.requests), len(storage.claims)) == (1, asked)  # nor claimed again and again
+        storage.may_settle.set()
+        await dispatcher.drain(timeout=5)
+        assert sorted(request.url for request in transport.requests) == [f"{URL}/1", f"{URL}/2"]
+
+
+async def test_a_delivery_that_was_cancelled_and_retried_in_flight_is_sent_again_when_its_late_result_is_refused(
+    storage_url: str,
+) -> None:
+    transport = FakeTransport()
+    transport.respond(URL, transport.hang)
+    async with Dispatcher(storage_url, transport=transport, keys=[]) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        receipt = await dispatcher.emit("video.ready")
+        await until(lambda: transport.requests)
+        [delivery] = (await dispatcher.deliveries.list()).items
+        await dispatcher.deliveries.cancel(delivery.id)
+        await dispatcher.deliveries.retry(delivery.id)
+        transport.release()
+        [ended] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert (ended.state, len(transport.requests)) == (DeliveryState.SUCCEEDED, 2)
+
+
+class _ByHand:
+    """A transport whose requests are answered by hand, once it is told to."""
+
+    def __init__(self) -> None:
+        self.quick = True
+        self.sent: list[str] = []
+        self.asked: list[asyncio.Future[int]] = []
+
+    async def send(self, request: Request) -> Response:
+        if self.quick:
+            return Response(200)
+        self.sent.append(request.url.rpartition("/")[2])
+        self.asked.append(asyncio.get_running_loop().create_future())
+        return Response(await self.asked[-1])
+
+    async def aclose(self) -> None:
+        return
+
+
+async def test_an_endpoint_that_proves_itself_makes_room_for_others_at_once(sqlite_url: str) -> None:
+    transport = _ByHand()
+    async with Dispatcher(sqlite_url, transport=transport, keys=[], concurrency=4, shutdown_timeout=0) as dispatcher:
+        for name in ("a", "b", "c"):
+            await dispatcher.endpoints.create(f"{URL}/{name}", events=[name])
+        for _ in range(5):
+            await dispatcher.emit("a")
+            await dispatcher.drain()
+        transport.quick = False
+        for _ in range(3):
+            await dispatcher.emit("a")
+        await until(lambda: len(transport.asked) == 3)
+        transport.asked[0].set_result(500)  # half of the four slots are for endpoints like this one
+        await until(lambda: dispatcher._worker.in_flight == 2)
+        await dispatcher.emit("b")
+        await dispatcher.emit("c")
+        transport.asked[1].set_result(200)
+        await until(lambda: sorted(transport.sent[3:]) == ["b", "c"])
+
+
+async def test_a_slot_is_taken_before_its_attempt_begins_even_where_tasks_begin_at_once(sqlite_url: str) -> None:
+    loop = asyncio.get_running_loop()
+
+    def eager(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        """Do what Python 3.12's eager tasks do: run to the first suspension, here and now."""
+        if "_carry_out" not in getattr(coro, "__qualname__", ""):
+            return asyncio.Task(coro, loop=loop, **options)
+        try:
+            waits_for = coro.send(None)
+        except StopIteration:
+            return asyncio.Task(asyncio.sleep(0), loop=loop, **options)
+        return asyncio.Task(_resumed(coro, waits_for), loop=loop, **options)
+
+    async def _resumed(coro: Any, future: Any) -> None:
+        while True:
+            future._asyncio_future_blocking = False
+            try:
+                await future
+                future = coro.send(None)
+            except StopIteration:
+                return
+
+    def unable(_: object) -> bytes:
+        raise ValueError("cannot render")
+
+    loop.set_task_factory(eager)
+    try:
+        profiles = {"default": Profile(envelope=unable)}
+        async with Dispatcher(sqlite_url, transport=FakeTransport(), profiles=profiles, keys=[]) as dispatcher:
+            await dispatcher.endpoints.create(URL, events=["*"])
+            receipt = await dispatcher.emit("video.ready")
+            [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+            assert delivery.state is DeliveryState.FAILED
+            assert (await dispatcher.health()).state == "healthy"
+    finally:
+        loop.set_task_factory(None)
+
+
+async def test_leases_that_were_not_begun_when_the_worker_was_cancelled_cost_nothing(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hookwright._worker._Pace.at_once", 1)
+
+    def first_ends_the_services(request: Request) -> int:
+        for task in asyncio.all_tasks():
+            if task.get_name() == "hookwright-services":
+                task.cancel()
+        return 200
+
+    dispatcher = Dispatcher(sqlite_url, transport=FakeTransport(first_ends_the_services), keys=[])
+    await dispatcher.start()
+    for number in range(10):
+        await dispatcher.endpoints.create(f"{URL}/{number}", events=["*"])
+    await dispatcher.emit("video.ready")
+    await until(lambda: not dispatcher.is_delivering)
+    assert dispatcher._worker._waiting
+    await dispatcher.aclose()
+    async with Dispatcher(sqlite_url, transport=FakeTransport(), keys=[]) as successor:
+        await successor.drain(timeout=5)
+        rows = (await successor.deliveries.list()).items
+    assert [(row.state, row.attempt_count) for row in rows] == [(DeliveryState.SUCCEEDED, 1)] * 10
+
+
+class _LateToStore(MemoryStorage):
+    """Wraps carelessly: it awaits something before it hands on."""
+
+    async def enqueue(self, *arguments: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.01)
+        return await super().enqueue(*arguments, **options)
+
+
+async def test_an_event_that_its_claim_overtook_is_looked_for_a_second_later() -> None:
+    clock, transport = VirtualClock(), FakeTransport()
+    async with Dispatcher(_LateToStore(), transport=transport, clock=clock, keys=[]) as dispatcher:
+        await dispatcher.endpoints.create(URL, events=["*"])
+        await dispatcher.emit("video.ready")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not transport.requests
+        await clock.advance(1)
+        await until(lambda: transport.requests)
