@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from hookwright.storage.sqlite._owner import Database
 
@@ -25,6 +26,15 @@ def rows_at_once(database: Database, query: str, parameters: Any) -> list[list[A
     """Return the rows of a query that `at_once` made."""
     rows: list[list[Any]] = json.loads(database.execute(query, parameters).fetchone()[0])
     return rows
+
+
+def update_alike(database: Database, update: str, changes: Iterable[tuple[tuple[Any, ...], str]]) -> None:
+    """Run an update once for all rows that change alike: its last parameter is their keys, for `json_each`."""
+    alike: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for values, key in changes:
+        alike[values].append(key)
+    for values, keys in alike.items():
+        database.execute(update, (*values, json.dumps(keys)))
 
 
 _TOGETHER = 32

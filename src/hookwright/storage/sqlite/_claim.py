@@ -59,7 +59,7 @@ FROM json_each(:lanes) AS lane
 
 _ROWS = """
 SELECT d.endpoint_id, d.id, d.event_id, d.token, d.attempt_count, d.interruptions, d.budget_from, d.created_at,
-       d.scheduled_at, e.type, e.data, e.tenant, e.occurred_at, d.renewed_at, d.available_at
+       d.scheduled_at, e.type, e.data, e.tenant, e.occurred_at, d.renewed_at
 FROM json_each(?) AS chosen
 CROSS JOIN hookwright_delivery AS d ON d.id = chosen.value
 CROSS JOIN hookwright_event AS e ON e.id = d.event_id
@@ -173,10 +173,9 @@ class _Claiming:
 
     def _first_due(self, endpoints: list[str], limit: int) -> dict[str, list[str]]:
         wanted = {"lanes": json.dumps(endpoints), "now": self._now, "limit": limit}
-        found = json.loads(self._database.execute(_DUE, wanted).fetchone()[0])
         return {
             endpoint_id: self._by_waiting(for_now + by_time)[:limit] if for_now and by_time else for_now or by_time
-            for endpoint_id, for_now, by_time in found
+            for endpoint_id, for_now, by_time in rows_at_once(self._database, _DUE, wanted)
         }
 
     def _by_waiting(self, ids: list[str]) -> list[str]:
@@ -191,12 +190,12 @@ class _Claiming:
         """Lease rows, each under a fresh token."""
         if not served:
             return
-        chosen = json.dumps([id for _, ids in served for id in ids])
+        places = {id: number for number, id in enumerate(id for _, ids in served for id in ids)}
+        chosen = json.dumps(list(places))
         proven = {lane.endpoint_id: lane.earned > 0 for lane, _ in served}
-        place = {id: number for number, id in enumerate(id for _, ids in served for id in ids)}
         until, token = self._now + self._request.lease, new_token()
         self.leases.extend(
-            _lease_of(self._database, row, f"{token}{place[row[1]]}", until, proven=proven[row[0]], now=self._now)
+            _lease_of(self._database, row, f"{token}{places[row[1]]}", until, proven=proven[row[0]], now=self._now)
             for row in map(_Row, self._database.execute(_ROWS, (chosen,)).fetchall())
         )
         self._database.execute(_LEASE, {"leased": chosen, "token": token, "until": until})
@@ -249,7 +248,7 @@ def _lease_of(database: Database, row: _Row, token: str, until: int, *, proven: 
             " last_status = NULL WHERE id = ?",
             (attempts, interruptions, delivery_id),
         )
-    created_at, scheduled_at, event_type, data, tenant, occurred_at, renewed_at = row[7:14]
+    created_at, scheduled_at, event_type, data, tenant, occurred_at, renewed_at = row[7:]
     return Lease(
         delivery_id,
         token,

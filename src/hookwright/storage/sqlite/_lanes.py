@@ -8,9 +8,9 @@ later wait by time. The claim reads the heads of both queues and serves them in 
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from typing import TYPE_CHECKING
+
+from hookwright.storage.sqlite._bulk import update_alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,15 +31,11 @@ def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> N
     for endpoint_id, available_at in rows:
         due_at = available_at if available_at > now else turn
         earliest[endpoint_id] = min(due_at, earliest.get(endpoint_id, due_at))
-    alike: defaultdict[int, list[str]] = defaultdict(list)
-    for endpoint_id, due_at in earliest.items():
-        alike[due_at].append(endpoint_id)
-    for due_at, endpoint_ids in alike.items():
-        database.execute(
-            "UPDATE hookwright_lane SET due_at = ?1"
-            " WHERE endpoint_id IN (SELECT value FROM json_each(?2)) AND due_at > ?1",
-            (due_at, json.dumps(endpoint_ids)),
-        )
+    update_alike(
+        database,
+        "UPDATE hookwright_lane SET due_at = ?1 WHERE endpoint_id IN (SELECT value FROM json_each(?2)) AND due_at > ?1",
+        (((due_at,), endpoint_id) for endpoint_id, due_at in earliest.items()),
+    )
 
 
 REVISION = "SELECT value FROM hookwright_meta WHERE key = 'endpoints_revision'"

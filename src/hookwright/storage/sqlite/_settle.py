@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from hookwright._health import Change, came_true, cool_down
 from hookwright._models import DeliveryState, Settled
-from hookwright.storage.sqlite._bulk import at_once, insert_rows, rows_at_once
+from hookwright.storage.sqlite._bulk import at_once, insert_rows, rows_at_once, update_alike
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
 from hookwright.storage.sqlite._lanes import make_due, revision
@@ -59,7 +58,7 @@ class _Rows:
     def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
         wanted = json.dumps([outcome.delivery_id for outcome in outcomes])
         self._leased = {row[0]: row[1:] for row in rows_at_once(database, _LEASED, (wanted,))}
-        self._ended: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+        self._ended: list[tuple[tuple[Any, ...], str]] = []
         self._attempts: list[tuple[Any, ...]] = []
         self.retried: list[tuple[str, int]] = []
 
@@ -78,18 +77,18 @@ class _Rows:
             self.retried.append((outcome.endpoint_id, retry_at))
         finished_at = now if final else None
         ended = (outcome.state.value, retry_at or 0, retry_at, finished_at, count, status, error)
-        self._ended[ended].append(outcome.delivery_id)
+        self._ended.append((ended, outcome.delivery_id))
         return True
 
     def write(self, database: Database) -> None:
-        """Write what ended, each kind of end at once: most deliveries succeed with their first attempt."""
-        for ended, delivery_ids in self._ended.items():
-            database.execute(
-                "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
-                " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ?"
-                " WHERE id IN (SELECT value FROM json_each(?))",
-                (*ended, json.dumps(delivery_ids)),
-            )
+        """Write what ended: most deliveries alike, with success at their first attempt."""
+        update_alike(
+            database,
+            "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
+            " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ?"
+            " WHERE id IN (SELECT value FROM json_each(?))",
+            self._ended,
+        )
         insert_rows(database, "hookwright_attempt", self._attempts)
 
 
@@ -182,15 +181,12 @@ class _Lanes:
     def write(self, database: Database) -> None:
         """Write what changed; `earned` is in an index, so that only its changes are worth writing."""
         lanes = [(endpoint_id, self._lanes[endpoint_id]) for endpoint_id in self._touched]
-        alike: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-        for endpoint_id, lane in lanes:
-            alike[lane.health].append(endpoint_id)
-        for health, endpoint_ids in alike.items():
-            database.execute(
-                "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?,"
-                " last_at = ? WHERE endpoint_id IN (SELECT value FROM json_each(?))",
-                (*health, json.dumps(endpoint_ids)),
-            )
+        update_alike(
+            database,
+            "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?, last_at = ?"
+            " WHERE endpoint_id IN (SELECT value FROM json_each(?))",
+            ((lane.health, endpoint_id) for endpoint_id, lane in lanes),
+        )
         database.executemany(
             "UPDATE hookwright_lane SET earned = ? WHERE endpoint_id = ?",
             [(lane.earned, id) for id, lane in lanes if lane.earned != self._earned[id]],
