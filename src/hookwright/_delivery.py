@@ -1,4 +1,7 @@
-"""One lease, to one settled attempt. `deliver` is the story; each step is told below it, in the same order."""
+"""One lease, to what came of one attempt: `attempt` is the story, each step is told below it, in the same order.
+
+`settle` writes what came of several, and tells of it.
+"""
 
 from __future__ import annotations
 
@@ -82,17 +85,21 @@ class Sent(NamedTuple):
     duration: int
 
 
+class Attempted(NamedTuple):
+    """A lease and what came of it, to be written."""
+
+    lease: Lease
+    outcome: Outcome
+    verdict: Verdict
+
+
 def longest_timeout(lease: float) -> float:
     """Return the seconds that an attempt may last under a lease of that length."""
     return lease - LEASE_MARGIN - LEASE_SLACK
 
 
 class Deliverer:
-    """Carries leases out. `on_ended` is told the event's id when a delivery ended.
-
-    `on_settling` is told the lease's token when its result is handed to the storage, and `on_unsettled` when that could
-    not write it.
-    """
+    """Carries leases out. `on_ended` is told the event's id when a delivery ended."""
 
     def __init__(
         self,
@@ -108,8 +115,6 @@ class Deliverer:
         random: Random,
         alert: Callable[[str, str, dict[str, Any]], Emission | None] | None,
         on_ended: Callable[[str], None],
-        on_settling: Callable[[str], None],
-        on_unsettled: Callable[[str], None],
     ) -> None:
         self._storage = storage
         self._transport = transport
@@ -119,19 +124,17 @@ class Deliverer:
         self._conditions = conditions
         self._unwritten = 0
         self._health = health
-        self._lease = lease
+        self._longest = longest_timeout(lease)
         self._random = random
         self._alert = alert
         self._on_ended = on_ended
-        self._on_settling = on_settling
-        self._on_unsettled = on_unsettled
         self._standard = RetryPolicy.standard(random=random)
         self._deadlines = Deadlines()
         self._warned: dict[str, str] = {}
         self.lost_leases = 0
 
-    async def deliver(self, lease: Lease) -> Settled | None:
-        """Attempt the delivery and write what came of it; None when the lease was given back unused."""
+    async def attempt(self, lease: Lease) -> Attempted | None:
+        """Attempt the delivery and judge what came of it; None when the lease was given back unused."""
         prepared = self._prepare(lease)
         if not isinstance(prepared, Prepared):
             return await self._without_request(lease, prepared)
@@ -143,10 +146,7 @@ class Deliverer:
             await self._not_sent(lease, sent.answer)
             return None
         verdict = self._judge(lease, prepared.profile, sent)
-        outcome = self._outcome(lease, prepared, sent, verdict)
-        settled = await self._settle(outcome)
-        self._report(lease, outcome, verdict, settled)
-        return settled
+        return Attempted(lease, self._outcome(lease, prepared, sent, verdict), verdict)
 
     async def try_out(self, lease: Lease) -> tuple[AttemptRecord, bool]:
         """Send once what the lease says, and return what came of it and whether it succeeded. Nothing is written.
@@ -166,26 +166,27 @@ class Deliverer:
     # -- prepare ------------------------------------------------------------------------------------------------
 
     def _prepare(self, lease: Lease) -> Prepared | Unusable | Outcome:
-        speaking = self._preparer.find(lease)
-        if isinstance(speaking, Unusable):
-            return speaking
-        given_up = self._poisoned(lease, speaking.profile)
-        if given_up is not None:
-            return given_up
-        prepared = self._preparer.render(lease, *speaking)
+        found = self._preparer.find(lease)
+        if isinstance(found, Unusable):
+            return found
+        endpoint, outline = found
+        if lease.taken_over and lease.interruptions > FREE_INTERRUPTIONS:
+            given_up = self._poisoned(lease, outline.profile)
+            if given_up is not None:
+                return given_up
+        prepared = self._preparer.render(lease, endpoint, outline)
         if isinstance(prepared, Unrenderable):
             record = _render_error(self._clock.now(), prepared)
             return self._ended_unsent(lease, DeliveryState.FAILED, record)
         if isinstance(prepared, Prepared):
-            if prepared.request.total_timeout > longest_timeout(self._lease):
-                return Unusable(f"its timeout of {prepared.request.total_timeout:g} s does not fit the lease")
-            self._warned.pop(lease.endpoint_id, None)
+            if outline.total_timeout > self._longest:
+                return Unusable(f"its timeout of {outline.total_timeout:g} s does not fit the lease")
+            if self._warned:
+                self._warned.pop(lease.endpoint_id, None)
         return prepared
 
     def _poisoned(self, lease: Lease, profile: Profile) -> Outcome | None:
         """Let the policy judge a delivery in whose company we died too often; None: go on and try."""
-        if not lease.taken_over or lease.interruptions <= FREE_INTERRUPTIONS:
-            return None
         verdict = self._judged(lease, profile, Failure("interrupted"), attempt=lease.spent)
         if isinstance(verdict, Retry):
             # Which of those that were in flight together kills us is not known: spread, they are not together again.
@@ -207,11 +208,9 @@ class Deliverer:
             alerts=self._alerts(lease, state, record, gone=False),
         )
 
-    async def _without_request(self, lease: Lease, why: Unusable | Outcome) -> Settled | None:
+    async def _without_request(self, lease: Lease, why: Unusable | Outcome) -> Attempted | None:
         if isinstance(why, Outcome):
-            settled = await self._settle(why)
-            self._report(lease, why, Failed("exhausted" if why.attempt is None else "render_error"), settled)
-            return settled
+            return Attempted(lease, why, Failed("exhausted" if why.attempt is None else "render_error"))
         if why.reason is not None and self._warned.get(lease.endpoint_id) != why.reason:
             self._warned[lease.endpoint_id] = why.reason
             _logger.warning("endpoint %s waits, it cannot be sent to: %s", lease.endpoint_id, why.reason)
@@ -277,38 +276,37 @@ class Deliverer:
             return self._standard.judge(answer, attempt=attempt, age=age, now=self._clock.wall())
 
     def _outcome(self, lease: Lease, prepared: Prepared, sent: Sent, verdict: Verdict) -> Outcome:
-        state, retry_in = DeliveryState.FAILED, 0
-        match verdict:
-            case Succeeded():
-                state = DeliveryState.SUCCEEDED
-            case Retry(delay):
-                state, retry_in = DeliveryState.PENDING, delay
-            case _:
-                pass
-        gone = isinstance(verdict, Gone)
         record = _record(prepared, sent)
-        outcome = Outcome(
+        state, retry_in, gone, throttled, hold = DeliveryState.SUCCEEDED, 0, False, 0.0, 0
+        if not isinstance(verdict, Succeeded):
+            state, gone = DeliveryState.FAILED, isinstance(verdict, Gone)
+            throttled, hold = self._pause(sent.answer)
+            if isinstance(verdict, Retry):
+                state, retry_in = DeliveryState.PENDING, verdict.delay
+        alerts = self._alerts(lease, state, record, gone=gone) if self._alert is not None else ()
+        counts = True
+        return Outcome(
             lease.delivery_id,
             lease.token,
             lease.endpoint_id,
             state,
             record,
             retry_in,
-            gone=gone,
-            alerts=self._alerts(lease, state, record, gone=gone),
+            gone,
+            counts,
+            hold,
+            throttled,
+            alerts,
         )
-        return outcome if state is DeliveryState.SUCCEEDED else outcome._replace(**self._pause(sent.answer))
 
-    def _pause(self, answer: Response | Failure) -> dict[str, Any]:
-        """Return how an answer that asks for a pause closes the endpoint's lane."""
+    def _pause(self, answer: Response | Failure) -> tuple[float, int]:
+        """Return how an answer that asks for a pause closes the endpoint's lane: `throttled` and `hold` of Outcome."""
         if isinstance(answer, Failure):
             throttled, asked = answer.code in _THROTTLING_FAILURES, 0.0
         else:
             throttled, asked = answer.status in _THROTTLING, retry_after(answer, self._clock.wall())
-        return {
-            "throttled": 1.0 + COOL_DOWN_JITTER * self._random.random() if throttled else 0.0,
-            "hold": round(min(asked, ENDPOINT_HOLD_MOST) * SECOND),
-        }
+        pause = 1.0 + COOL_DOWN_JITTER * self._random.random() if throttled else 0.0
+        return pause, round(min(asked, ENDPOINT_HOLD_MOST) * SECOND)
 
     def _alerts(
         self, lease: Lease, state: DeliveryState, record: AttemptRecord | None, *, gone: bool
@@ -341,18 +339,16 @@ class Deliverer:
 
     # -- settle -------------------------------------------------------------------------------------------------
 
-    async def _settle(self, outcome: Outcome) -> Settled:
-        self._on_settling(outcome.token)
-        try:
-            return (await self._storage.settle([outcome], self._health))[0]
-        except StorageClosed:
-            raise
-        except StorageError as error:
-            return await self._settle_later(outcome, error)
+    async def settle(self, attempted: Sequence[Attempted]) -> list[Settled]:
+        """Write what came of attempts, all or none, and tell of it. Raises what the storage raises."""
+        answers = await self._storage.settle([each.outcome for each in attempted], self._health)
+        for each, settled in zip(attempted, answers, strict=True):
+            self._report(*each, settled)
+        return answers
 
-    async def _settle_later(self, outcome: Outcome, error: StorageError) -> Settled:
-        # The result stays here, in a slot that stays taken: what is kept is bound by the number of slots.
-        self._on_unsettled(outcome.token)
+    async def settle_later(self, attempted: Attempted, error: StorageError) -> Settled:
+        """Keep one that the storage could not take, and try until it can. Raises StorageClosed."""
+        # It stays in a slot that stays taken: what is kept is bound by the number of slots.
         self._unwritten += 1
         if self._unwritten == 1:
             _logger.warning("results cannot be written; they are kept and tried again until they can: %s", error)
@@ -361,7 +357,7 @@ class Deliverer:
                 self._conditions.trouble("settle", f"{self._unwritten} results wait to be written", error)
                 await self._clock.sleep(_SETTLE_AGAIN)
                 try:
-                    return (await self._storage.settle([outcome], self._health))[0]
+                    return (await self.settle([attempted]))[0]
                 except StorageClosed:
                     raise
                 except StorageError as again:
@@ -441,14 +437,18 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
             detail=blank_text(answer.detail, secrets_of(prepared)) if answer.detail else None,
             body_sha256=prepared.body_sha256,
         )
-    secrets = secrets_of(prepared) if answer.body or answer.headers else ()
+    headers, body = answer.headers, answer.body
+    if headers or body:
+        secrets = secrets_of(prepared)
+        headers, body = blank_headers(headers, secrets), blank(body, secrets, truncated=answer.truncated)
     return AttemptRecord(
         sent.started_at,
         sent.duration,
-        status=answer.status,
-        error=None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
-        response_headers=blank_headers(answer.headers, secrets),
-        response_body=blank(answer.body, secrets, truncated=answer.truncated),
-        response_truncated=answer.truncated,
-        body_sha256=prepared.body_sha256,
+        answer.status,
+        None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
+        None,
+        headers,
+        body,
+        answer.truncated,
+        prepared.body_sha256,
     )

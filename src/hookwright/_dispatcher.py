@@ -167,8 +167,6 @@ class Dispatcher:
             random=random or random_module.Random(),  # noqa: S311  # spreads load, guards nothing
             alert=self._emitter.alert if operational_events else None,
             on_ended=self._note_ended,
-            on_settling=lambda token: self._worker.note_settling(token),
-            on_unsettled=lambda token: self._worker.note_unsettled(token),
         )
         self._make_facades(network, profiles, catalogue, id_prefix(endpoint_id_prefix), lease, operational_events)
         self._make_services(concurrency, endpoint_concurrency, lease, retention)

@@ -20,6 +20,7 @@ from hookwright._vault import SealBroken
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from hookwright._clock import Clock
     from hookwright._models import Tenant
     from hookwright._signing import Signer
     from hookwright._snapshot import TypedValues
@@ -42,7 +43,7 @@ class CachedEndpoint(NamedTuple):
     """An endpoint, with what sending needs made ready once.
 
     Of the row, what neither matching nor sending reads (description, metadata, times, health) is left out. `hidden` is
-    filled by `_blank.secrets_of`, `fixed` (headers) by the Preparer. `broken` says why its secrets and headers could
+    filled by `_blank.secrets_of`, `outline` by the Preparer. `broken` says why its secrets and headers could
     not be opened; it has none then, and nothing may be sent to it.
     """
 
@@ -50,7 +51,7 @@ class CachedEndpoint(NamedTuple):
     secrets: tuple[tuple[Secret, int | None], ...]
     checked: dict[int, Sequence[Secret]]
     hidden: list[Any]
-    fixed: list[tuple[str, str]]
+    outline: list[Any]
     broken: str | None = None
 
     def __repr__(self) -> str:
@@ -60,12 +61,12 @@ class CachedEndpoint(NamedTuple):
         """Return the secrets that have not expired, newest first."""
         return [secret for secret, expires_at in self.secrets if expires_at is None or expires_at > now]
 
-    def signing(self, signer: Signer, now: int) -> Sequence[Secret]:
+    def signing(self, signer: Signer, clock: Clock) -> Sequence[Secret]:
         """Return the secrets that this signer signs with now. Raises ValidationFailed when it can use none."""
         known = self.checked.get(id(signer))
         if known is not None:
             return known
-        found = usable(signer, self.live_secrets(now))
+        found = usable(signer, self.live_secrets(clock.now()))
         if len(self.secrets) == 1:  # several: they expire
             self.checked[id(signer)] = found
         return found

@@ -19,16 +19,22 @@ if TYPE_CHECKING:
     from hookwright._matching import CachedEndpoint, EndpointCache
     from hookwright._models import EventRow, NewDelivery
     from hookwright._profile import Profile
+    from hookwright._signing import Signer
 
 
 _logger = logging.getLogger("hookwright")
 
 
-class Speaking(NamedTuple):
-    """Whom a lease speaks to, and how."""
+class Outline(NamedTuple):
+    """What all requests to an endpoint have in common. `signer` is the only one, or None: there are several."""
 
-    endpoint: CachedEndpoint
     profile: Profile
+    signer: Signer | None
+    headers: tuple[tuple[str, str], ...]
+    connections: int
+    total_timeout: float
+    connect_timeout: float
+    dns_timeout: float
 
 
 class Prepared(NamedTuple):
@@ -76,25 +82,28 @@ class Preparer:
         """The endpoints whose secrets or headers cannot be opened, and why."""
         return self._cache.broken
 
-    def find(self, lease: Lease) -> Speaking | Unusable:
-        """Return the lease's endpoint and profile."""
+    def find(self, lease: Lease) -> tuple[CachedEndpoint, Outline] | Unusable:
+        """Return the lease's endpoint, and what is known of every request to it."""
         endpoint = self._cache.get(lease.endpoint_id)
         if endpoint is None:
             return Unusable(None)
-        if endpoint.broken is not None:
-            return Unusable(endpoint.broken)
-        profile = self._profiles.get(endpoint.row.profile)
-        if profile is None:
-            return Unusable(f"this process has no profile {endpoint.row.profile!r}")
-        return Speaking(endpoint, profile)
+        if not endpoint.outline:  # an endpoint that changes is cached anew
+            if endpoint.broken is not None:
+                return Unusable(endpoint.broken)
+            profile = self._profiles.get(endpoint.row.profile)
+            if profile is None:
+                return Unusable(f"this process has no profile {endpoint.row.profile!r}")
+            endpoint.outline.append(self._outline(endpoint, profile))
+        return endpoint, endpoint.outline[0]
 
     def prepare(self, lease: Lease) -> Prepared | Unusable | Unrenderable:
         """Find, render and sign."""
-        speaking = self.find(lease)
-        return speaking if isinstance(speaking, Unusable) else self.render(lease, *speaking)
+        found = self.find(lease)
+        return found if isinstance(found, Unusable) else self.render(lease, *found)
 
-    def render(self, lease: Lease, endpoint: CachedEndpoint, profile: Profile) -> Prepared | Unusable | Unrenderable:
+    def render(self, lease: Lease, endpoint: CachedEndpoint, outline: Outline) -> Prepared | Unusable | Unrenderable:
         """Render and sign."""
+        profile = outline.profile
         content = Content(lease.event_id, lease.event_type, lease.data, lease.occurred_at, lease.tenant)
         try:
             body = profile.renderer.render(content)
@@ -109,24 +118,23 @@ class Preparer:
                 _logger.exception("the envelope of profile %r raised; this is logged once", endpoint.row.profile)
             return Unrenderable(type(error).__name__)
         try:
-            headers = self._headers(lease, endpoint, profile, body)
+            headers = self._headers(lease, endpoint, outline, body)
         except ValidationFailed as error:
             return Unusable(str(error))
         except Exception as error:  # noqa: BLE001  # a signer may be the application's code, and ask a service
             return Unusable(f"a signer raised {type(error).__name__}")
-        row, timeouts = endpoint.row, profile.timeouts
-        total = row.timeout or timeouts.total
+        row = endpoint.row
         request = Request(
             row.url,
             headers,
             body,
-            lease.endpoint_id,
+            row.id,
             row.revision,
-            row.concurrency or self._endpoint_concurrency,
-            total,
-            connect_timeout=min(total, timeouts.connect),
-            dns_timeout=min(total, timeouts.dns),
-            client_certificate=profile.client_certificate,
+            outline.connections,
+            outline.total_timeout,
+            outline.connect_timeout,
+            outline.dns_timeout,
+            profile.client_certificate,
         )
         return Prepared(request, profile, endpoint, hashlib.sha256(body).digest())
 
@@ -136,12 +144,28 @@ class Preparer:
         names = (name for signer in (profile.signers if profile else ()) for name in signer.header_names)
         return frozenset(name.lower() for name in names if not name.lower().endswith(("-id", "-timestamp")))
 
+    def _outline(self, endpoint: CachedEndpoint, profile: Profile) -> Outline:
+        row, timeouts = endpoint.row, profile.timeouts
+        headers = [("content-type", getattr(profile.envelope, "content_type", "application/json"))]
+        if not any(name.lower() == "user-agent" for name, _ in row.headers):
+            headers.append(("user-agent", self._user_agent))
+        total = row.timeout or timeouts.total
+        return Outline(
+            profile,
+            profile.signers[0] if len(profile.signers) == 1 else None,
+            (*headers, *row.headers),
+            row.concurrency or self._endpoint_concurrency,
+            total,
+            min(total, timeouts.connect),
+            min(total, timeouts.dns),
+        )
+
     def _headers(
-        self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, body: bytes
+        self, lease: Lease, endpoint: CachedEndpoint, outline: Outline, body: bytes
     ) -> tuple[tuple[str, str], ...]:
         # Every attempt is signed anew: the timestamp is the attempt's, the id stays (Standard Webhooks 1.0.0).
-        timestamp = self._clock.wall() // SECOND
-        headers = list(endpoint.fixed or self._fixed(endpoint, profile))
+        timestamp, profile, signer = self._clock.wall() // SECOND, outline.profile, outline.signer
+        templates: Iterable[tuple[str, str]] = ()
         if profile.headers:
             fields = {
                 "event_id": lease.event_id,
@@ -150,36 +174,26 @@ class Preparer:
                 "attempt": lease.number,
                 "timestamp": timestamp,
             }
-            headers.extend((name, value.format_map(fields)) for name, value in profile.headers.items())
-        headers.extend(self._signatures(lease, endpoint, profile, timestamp, body))
-        return tuple(headers)
+            templates = [(name, value.format_map(fields)) for name, value in profile.headers.items()]
+        if signer is None:
+            signed = self._signed_by_all(lease, endpoint, profile, timestamp, body)
+        else:
+            secrets = endpoint.signing(signer, self._clock)
+            signed = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)
+        return (*outline.headers, *templates, *signed.items())
 
-    def _fixed(self, endpoint: CachedEndpoint, profile: Profile) -> list[tuple[str, str]]:
-        """Return the headers that are the same for every attempt; an endpoint that changes is cached anew."""
-        own = endpoint.row.headers
-        endpoint.fixed.append(("content-type", getattr(profile.envelope, "content_type", "application/json")))
-        if not any(name.lower() == "user-agent" for name, _ in own):
-            endpoint.fixed.append(("user-agent", self._user_agent))
-        endpoint.fixed.extend(own)
-        return endpoint.fixed
-
-    def _signatures(
+    def _signed_by_all(
         self, lease: Lease, endpoint: CachedEndpoint, profile: Profile, timestamp: int, body: bytes
-    ) -> Iterable[tuple[str, str]]:
+    ) -> dict[str, str]:
         signed: dict[str, str] = {}
-        now = self._clock.now()
-        if len(profile.signers) == 1:
-            [signer] = profile.signers
-            secrets = endpoint.signing(signer, now)
-            return signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets).items()
         for signer in profile.signers:
-            secrets = endpoint.signing(signer, now)
+            secrets = endpoint.signing(signer, self._clock)
             found = signer.sign(event_id=lease.event_id, timestamp=timestamp, body=body, secrets=secrets)
             for name, value in found.items():
                 before = signed.get(name, value)
                 # Two kinds of Standard Webhooks share their headers; signatures are a list separated by spaces.
                 signed[name] = value if before == value else f"{before} {value}"
-        return signed.items()
+        return signed
 
 
 def lease_of(event: EventRow, delivery: NewDelivery, now: int) -> Lease:

@@ -68,6 +68,8 @@ class Gone:
 
 Verdict = Succeeded | Retry | Failed | Gone
 
+_SUCCEEDED = Succeeded()
+
 
 class Random(Protocol):
     """The one thing we need of a random generator."""
@@ -169,7 +171,7 @@ class RetryPolicy:
         """
         if isinstance(outcome, Response):
             if 200 <= outcome.status < 300:
-                return Succeeded()
+                return _SUCCEEDED
             if outcome.status == 410:  # Standard Webhooks: "410 Gone" disables the endpoint
                 return Gone()
             return self._again(DeliveryError("http_status", outcome), attempt, age, retry_after(outcome, now))

@@ -96,8 +96,9 @@ class StandardWebhooks:
     def sign(self, *, event_id: str, timestamp: int, body: bytes, secrets: Sequence[Secret]) -> dict[str, str]:
         """Return the three headers. Raises ValidationFailed for an id with a dot, or a secret that it cannot use."""
         prefix = _signed_prefix(event_id, timestamp)
+        id_name, timestamp_name, signature_name = self._names
         signatures = [_symmetric(secret, prefix, body) for secret in secrets]
-        return dict(zip(self._names, (event_id, str(timestamp), " ".join(signatures)), strict=True))
+        return {id_name: event_id, timestamp_name: str(timestamp), signature_name: " ".join(signatures)}
 
 
 def _symmetric(secret: Secret, prefix: bytes, body: bytes) -> str:

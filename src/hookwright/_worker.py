@@ -12,21 +12,21 @@ import asyncio
 import logging
 from collections import deque
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
 from hookwright._clock import SECOND
-from hookwright._errors import StorageClosed, WaitTimeout
+from hookwright._errors import StorageClosed, StorageError, WaitTimeout
 from hookwright._observe import WorkerFailed
 from hookwright.storage._base import ClaimRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from hookwright._clock import Clock, Timer
     from hookwright._conditions import Conditions
-    from hookwright._delivery import Deliverer
+    from hookwright._delivery import Attempted, Deliverer
     from hookwright._matching import EndpointCache
     from hookwright._models import Claim, Lease, Settled
     from hookwright._observe import ObserverHub
@@ -70,9 +70,11 @@ class _InFlight:
 
 
 class _Slot:
-    """One attempt, from its beginning until its result is on disk."""
+    """One attempt, from its beginning until its result is on disk: being written, or still being made by a task."""
 
-    __slots__ = ("lease", "started", "task")
+    __slots__ = ("attempted", "lease", "started", "task")
+
+    attempted: Attempted
 
     def __init__(self, lease: Lease, started: int) -> None:
         self.lease = lease
@@ -151,7 +153,9 @@ class Worker:
         self._on_stopped_endpoints = on_stopped_endpoints
         self._endpoints: dict[str, _InFlight] = {}
         self._slots: dict[str, _Slot] = {}
+        self._attempted: list[_Slot] = []
         self._settling: dict[str, _Slot] = {}
+        self._writing: set[asyncio.Task[None]] = set()
         self._waiting: deque[Lease] = deque()
         self._pace = _Pace()
         self._claims = 0
@@ -189,18 +193,6 @@ class Worker:
         self._looker = None
         if self._claims == self._claims_when_stored:
             self._wake.set()
-
-    def note_settling(self, token: str) -> None:
-        """Claim for the slot of a lease whose result is being written: the storage may do both in one transaction."""
-        slot = self._settling[token] = self._slots[token]
-        self._leave(slot)
-        self._wake.set()
-
-    def note_unsettled(self, token: str) -> None:
-        """Count a slot as taken again: its result is not written yet."""
-        slot = self._settling.pop(token, None)
-        if slot is not None:
-            self._enter(slot)
 
     async def run(self) -> None:
         """Deliver until `stop`. It may be called again when it raised."""
@@ -299,13 +291,13 @@ class Worker:
         self._waiting.extend(leases)
         while self._waiting and len(self._slots) < self._concurrency and not self._stopping:
             some = min(self._pace.at_once, len(self._waiting), self._concurrency - len(self._slots))
+            now = self._clock.now()
             with self._pace.measured(some):
                 for _ in range(some):
-                    self._start(self._waiting.popleft())
+                    self._start(self._waiting.popleft(), now)
             if self._waiting:
                 await asyncio.sleep(0)
-        for token in list(self._settling)[: len(self._waiting)]:
-            self.note_unsettled(token)
+        self._unsettle([*self._settling.values()][: len(self._waiting)])
         await self._give_back_waiting()
 
     async def _give_back_waiting(self) -> None:
@@ -313,8 +305,7 @@ class Worker:
         await self._give_back(leases, sent=False)
         self._waiting.clear()
 
-    def _start(self, lease: Lease) -> None:
-        now = self._clock.now()
+    def _start(self, lease: Lease, now: int) -> None:
         self.lag = max(0, now - lease.due_at) / SECOND
         slot = self._slots[lease.token] = _Slot(lease, now)
         self._enter(slot)
@@ -322,33 +313,88 @@ class Worker:
         slot.task = asyncio.get_running_loop().create_task(self._carry_out(slot))  # the loop may run it at once
 
     async def _carry_out(self, slot: _Slot) -> None:
-        again = True
+        attempted = None
         try:
-            settled = await self._deliverer.deliver(slot.lease)
+            attempted = await self._deliverer.attempt(slot.lease)
+            if attempted is None:  # what was given back may belong to an endpoint that is gone
+                self._on_stopped_endpoints()
         except StorageClosed:
             pass
-        except Exception as error:
-            # A defect of ours. The lease ends by itself, and counts as an interruption.
-            _logger.exception("delivery %s could not be carried out", slot.lease.delivery_id)
-            self._sweep_later()
-            self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
-        else:
-            again = settled is None or self._opens_something(slot.lease.endpoint_id, settled)
-            if settled is None or settled.stopped:  # what was given back may belong to an endpoint that is gone
-                self._on_stopped_endpoints()
+        except Exception as error:  # noqa: BLE001  # a defect of ours, which is told
+            self._note_defect(slot, error)
         finally:
-            self._free_slot(slot, again=again)
+            if attempted is None:
+                self._free([slot], again=True)
+        if attempted is not None:
+            slot.attempted = attempted
+            self._attempted.append(slot)
+            if len(self._attempted) == 1:
+                self._begin_writing(self._write_attempted())
 
-    def _opens_something(self, endpoint_id: str, settled: Settled) -> bool:
-        """Note what became of an endpoint; say whether that lets something be claimed beyond the slot itself.
+    def _note_defect(self, slot: _Slot, error: Exception) -> None:
+        """Tell of a defect of ours. The lease ends by itself, and counts as an interruption."""
+        _logger.error("delivery %s could not be carried out", slot.lease.delivery_id, exc_info=error)
+        self._sweep_later()
+        self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=0.0))
 
-        The claim for the slot was asked for before this was known.
+    def _begin_writing(self, writing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(writing)
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _write_attempted(self) -> None:
+        """Write the results that became known in one turn of the loop."""
+        slots, self._attempted = self._attempted, []
+        await self._write(slots)
+
+    async def _write(self, slots: list[_Slot]) -> None:
+        """Write results, and have their slots claimed for meanwhile: the storage may do both in one transaction."""
+        for slot in slots:
+            self._settling[slot.lease.token] = slot
+            self._leave(slot)
+        self._wake.set()
+        again = True
+        try:
+            again = self._opens_something(slots, await self._deliverer.settle([slot.attempted for slot in slots]))
+        except StorageClosed:
+            pass
+        except Exception as error:  # noqa: BLE001  # as above
+            self._unsettle(slots)
+            if len(slots) > 1:  # whose fault it is shows when each is written alone
+                for slot in slots:
+                    self._begin_writing(self._write([slot]))
+                slots = []
+            elif isinstance(error, StorageError):
+                again = await self._write_later(slots[0], error)
+            else:
+                self._note_defect(slots[0], error)
+        finally:
+            self._free(slots, again=again)
+
+    async def _write_later(self, slot: _Slot, error: StorageError) -> bool:
+        try:
+            return self._opens_something([slot], [await self._deliverer.settle_later(slot.attempted, error)])
+        except StorageClosed:
+            pass
+        except Exception as defect:  # noqa: BLE001  # as above
+            self._note_defect(slot, defect)
+        return True
+
+    def _opens_something(self, slots: list[_Slot], answers: list[Settled]) -> bool:
+        """Note what became of endpoints; say whether that lets something be claimed beyond the slots themselves.
+
+        The claim for the slots was asked for before this was known.
         """
-        endpoint = self._endpoints.get(endpoint_id)
-        learned = endpoint is not None and settled.proven is not None and endpoint.proven != settled.proven
-        if endpoint is not None and settled.proven is not None:
-            endpoint.proven = settled.proven
-        return learned or not settled.held or settled.next_attempt_at is not None or bool(settled.changes)
+        opens = False
+        for slot, settled in zip(slots, answers, strict=True):
+            endpoint = self._endpoints.get(slot.lease.endpoint_id)
+            if endpoint is not None and settled.proven is not None and endpoint.proven != settled.proven:
+                endpoint.proven, opens = settled.proven, True
+            if not settled.held or settled.next_attempt_at is not None or settled.changes:
+                opens = True
+            if settled.stopped:
+                self._on_stopped_endpoints()
+        return opens
 
     def _sweep_later(self) -> None:
         """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
@@ -356,17 +402,26 @@ class Worker:
             self._sweeper.cancel()
         self._sweeper = self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
 
-    def _free_slot(self, slot: _Slot, *, again: bool) -> None:
-        token = slot.lease.token
-        del self._slots[token]
-        if self._settling.pop(token, None) is None:
-            again = True  # nothing was claimed for it
-            self._leave(slot)
+    def _free(self, slots: list[_Slot], *, again: bool) -> None:
+        for slot in slots:
+            token = slot.lease.token
+            del self._slots[token]
+            if self._settling.pop(token, None) is None:
+                again = True  # nothing was claimed for it
+                self._leave(slot)
         if again or (self._drainers and not self._slots):
             self._wake.set()
 
+    def _unsettle(self, slots: list[_Slot]) -> None:
+        """Count slots as taken again: their results are not written yet."""
+        for slot in slots:
+            if self._settling.pop(slot.lease.token, None) is not None:
+                self._enter(slot)
+
     def _enter(self, slot: _Slot) -> None:
-        endpoint = self._endpoints.setdefault(slot.lease.endpoint_id, _InFlight(proven=slot.lease.proven))
+        endpoint = self._endpoints.get(slot.lease.endpoint_id)
+        if endpoint is None:
+            endpoint = self._endpoints[slot.lease.endpoint_id] = _InFlight(proven=slot.lease.proven)
         endpoint.started[slot.lease.delivery_id] = slot.started
 
     def _leave(self, slot: _Slot) -> None:
@@ -394,15 +449,12 @@ class Worker:
         for timer in (self._sweeper, self._looker):
             if timer is not None:
                 timer.cancel()
-        ended = asyncio.ensure_future(self._ended.wait())
-        # In real time: under a virtual clock that nobody advances, a shutdown would never end.
-        await asyncio.wait({ended, *self._tasks()}, timeout=timeout)
-        ended.cancel()
+        await self._finish(timeout)
         unfinished, leases = self._tasks(), [slot.lease for slot in self._slots.values()]
         for task in unfinished:
             task.cancel()
         if unfinished:
-            _logger.info("closing with %d attempts unfinished: their leases are given back", len(unfinished))
+            _logger.info("closing with %d attempts unfinished: their leases are given back", len(leases))
             _, deaf = await asyncio.wait(unfinished, timeout=_CANCEL_GRACE)
             if deaf:
                 _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
@@ -413,8 +465,21 @@ class Worker:
             if not drainer.done():
                 drainer.set_exception(WaitTimeout("the dispatcher was closed before everything due was delivered"))
 
+    async def _finish(self, timeout: float) -> None:
+        # In real time: under a virtual clock that nobody advances, a shutdown would never end.
+        until = asyncio.get_running_loop().time() + timeout
+        ended = asyncio.ensure_future(self._ended.wait())
+        left = timeout
+        while True:
+            await asyncio.wait({ended, *self._tasks()}, timeout=max(0.0, left))
+            left = until - asyncio.get_running_loop().time()  # an attempt that ended has a result to be written
+            if left <= 0 or (ended.done() and not self._tasks()):
+                break
+        ended.cancel()
+
     def _tasks(self) -> list[asyncio.Task[None]]:
-        return [slot.task for slot in self._slots.values() if slot.task is not None]
+        attempts = (slot.task for slot in self._slots.values())
+        return [task for task in (*attempts, *self._writing) if task is not None and not task.done()]
 
     async def _give_back(self, leases: list[Lease], *, sent: bool) -> None:
         if not leases:

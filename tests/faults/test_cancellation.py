@@ -115,24 +115,25 @@ async def test_an_aclose_that_is_cancelled_at_any_suspension_goes_on_and_lets_go
         number += 1
 
 
-async def test_cancelling_a_delivery_at_any_suspension_loses_and_repeats_no_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["attempt", "settle"])
+async def test_cancelling_a_delivery_at_any_suspension_loses_and_repeats_no_result(step: str, tmp_path: Path) -> None:
     """As a defect or a stranger would: the lease ends by itself, and the next process takes it over at once."""
     number, reached = 0, True
     while reached:
         url, transport = f"sqlite:///{tmp_path / f'{number}.db'}", FakeTransport()
         async with asyncio.timeout(20), Dispatcher(url, transport=transport, shutdown_timeout=0) as dispatcher:
             await dispatcher.endpoints.create(URL, events=["*"])
-            deliver = dispatcher._deliverer.deliver
+            carry_out = getattr(dispatcher._deliverer, step)
             cancelled: list[bool] = []
 
-            async def strange(lease: Any, number: int = number, deliver: Any = deliver) -> Any:
-                driver = CancelledAt(deliver(lease), number)
+            async def strange(given: Any, number: int = number, carry_out: Any = carry_out) -> Any:
+                driver = CancelledAt(carry_out(given), number)
                 try:
-                    await driver
+                    return await driver
                 finally:
                     cancelled.append(driver.reached)  # noqa: B023
 
-            dispatcher._deliverer.deliver = strange  # type: ignore[method-assign]  # cancels at its n-th suspension
+            setattr(dispatcher._deliverer, step, strange)  # cancels at its n-th suspension
             await dispatcher.emit("video.ready", event_id="evt_x")
             while not cancelled:
                 await asyncio.sleep(0.001)
