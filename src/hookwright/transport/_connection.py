@@ -7,6 +7,7 @@ framings is an attack, and so is one that is transfer-coded other than chunked),
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import ssl
 from typing import TYPE_CHECKING, Any, cast
@@ -51,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_deaf",
         "_is_interim",
         "_is_paused",
+        "_looks_at",
         "_loop",
         "_parser",
         "_poll",
@@ -58,7 +60,9 @@ class Connection(asyncio.BufferedProtocol):
         "_received",
         "_refused",
         "_status",
+        "_timer",
         "_unsent",
+        "_until",
         "_view",
         "_waiter",
         "beneath",
@@ -75,6 +79,9 @@ class Connection(asyncio.BufferedProtocol):
         self._view = memoryview(buffer)  # of all connections: nothing is left in it when a turn of the loop is over
         self._poll: select.poll | None = None
         self._waiter: asyncio.Future[Response | Failure] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._looks_at = math.inf
+        self._until = math.inf
         self._posts = 0
         self.beneath: asyncio.Transport | None = None
         self._unsent: bytes | memoryview = b""
@@ -119,7 +126,9 @@ class Connection(asyncio.BufferedProtocol):
         self.is_reusable = False
         waiter: asyncio.Future[Response | Failure] = self._loop.create_future()
         self._waiter = waiter
-        timer = self._loop.call_at(until, self._expire)
+        self._until = until
+        if until < self._looks_at:
+            self._look_at(until)
         try:
             if self.transport.is_closing():
                 self._end_of_connection(self._error)
@@ -128,9 +137,23 @@ class Connection(asyncio.BufferedProtocol):
                 self._write()
             return await waiter
         finally:
-            timer.cancel()
             self._waiter = None
             self._unsent = b""
+
+    def _look_at(self, when: float) -> None:
+        # One timer for many posts, which looks at the latest one's end: most are over long before it.
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks_at, self._timer = when, self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        at, self._looks_at, self._timer = self._looks_at, math.inf, None
+        if self._waiter is None or self._waiter.done():
+            return
+        if at < self._until:
+            self._look_at(self._until)
+        else:
+            self._finish(Failure("timeout", "no complete answer within the total timeout"))
 
     def _write(self) -> None:
         # In pieces: TLS would encrypt all of a large request at once, three times its size, for a receiver that may
@@ -203,10 +226,8 @@ class Connection(asyncio.BufferedProtocol):
         self._error = exc
         self._end_of_connection(exc)
         self._parser = None  # it refers to us
-
-    def _expire(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._finish(Failure("timeout", "no complete answer within the total timeout"))
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _end_of_connection(self, error: Exception | None) -> None:
         waiter = self._waiter
