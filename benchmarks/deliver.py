@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from hookwright import Request, Transport
 
 ENDPOINTS = 20
-IN_FLIGHT = 64
+IN_FLIGHT = 4 * ENDPOINTS
+"""Requests that are in flight at once, in the loops as well: what a dispatcher's defaults allow."""
 TEXT = 960
 SIZES = (64, 1024, 16 * 1024, 64 * 1024)
 
@@ -80,7 +81,7 @@ async def _delivered(
 ) -> Cost:
     data = {"video_id": "vid_123", "text": "x" * text}
     async with Dispatcher(
-        f"sqlite:///{path}", transport=make(), network=NetworkPolicy.development(), concurrency=IN_FLIGHT, keys=[]
+        f"sqlite:///{path}", transport=make(), network=NetworkPolicy.development(), keys=[]
     ) as dispatcher:
         endpoints = [await dispatcher.endpoints.create(url, events=[f"e{n}"]) for n, url in enumerate(urls)]
         for _ in range(3):

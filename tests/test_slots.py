@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from hookwright import DeliveryState, Dispatcher, MemoryStorage, Profile, Request, Response
+from hookwright import DeliveryState, Dispatcher, MemoryStorage, Profile, Request, Response, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import pytest
 
+    from hookwright import Clock
     from hookwright._health import HealthPolicy
     from hookwright._models import Claim, Outcome, Settled
     from hookwright.storage._base import ClaimRequest
@@ -201,3 +202,73 @@ async def test_an_event_that_its_claim_overtook_is_looked_for_a_second_later() -
         assert not transport.requests
         await clock.advance(1)
         await until(lambda: transport.requests)
+
+
+class _Settling(MemoryStorage):
+    """Keeps how many results each call wrote, and raises what `refuse` returns for their endpoints."""
+
+    def __init__(self, refuse: Callable[[list[str]], Exception | None] = lambda endpoints: None) -> None:
+        super().__init__()
+        self.written: list[int] = []
+        self._refuse = refuse
+
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
+        endpoints = [outcome.endpoint_id for outcome in outcomes]
+        refusal = self._refuse(endpoints)
+        if refusal is not None:
+            raise refusal
+        self.written.append(len(outcomes))
+        return await super().settle(outcomes, policy)
+
+
+async def _answer_three_at_once(storage: _Settling, clock: Clock | None = None) -> list[DeliveryState]:
+    """Return how deliveries to the endpoints 1, 2 and 3 ended that were answered in one turn of the loop."""
+    transport = FakeTransport()
+    transport.respond(URL, transport.hang)
+    async with Dispatcher(storage, transport=transport, clock=clock, keys=[], shutdown_timeout=1) as dispatcher:
+        for number in "123":
+            await dispatcher.endpoints.create(f"{URL}/{number}", events=["*"])
+        await dispatcher.emit("video.ready")
+        await until(lambda: len(transport.requests) == 3)
+        transport.release()
+        if isinstance(clock, VirtualClock):
+            for _ in range(10):
+                await asyncio.sleep(0)
+            await clock.advance(1)
+        await until(lambda: not dispatcher._worker.in_flight)
+        return sorted(row.state for row in (await dispatcher.deliveries.list()).items)
+
+
+async def test_results_of_one_turn_of_the_loop_are_written_together() -> None:
+    storage = _Settling()
+    assert await _answer_three_at_once(storage) == [DeliveryState.SUCCEEDED] * 3
+    assert storage.written == [3]
+
+
+async def test_a_result_that_cannot_be_written_keeps_no_other_from_being_written(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bad: list[str] = []
+
+    def refuse(endpoints: list[str]) -> ValueError | None:
+        bad.extend(endpoints[:1] if not bad else [])
+        return ValueError("a defect") if bad[0] in endpoints else None
+
+    storage = _Settling(refuse)
+    assert await _answer_three_at_once(storage) == [DeliveryState.PENDING, *[DeliveryState.SUCCEEDED] * 2]
+    assert storage.written == [1, 1]
+    assert [record.message for record in caplog.records if "could not be carried out" in record.message]
+
+
+async def test_results_that_the_storage_cannot_take_together_are_written_one_by_one_or_a_second_later() -> None:
+    refused: list[int] = []
+
+    def refuse(endpoints: list[str]) -> StorageBusy | None:
+        if len(endpoints) > 1 or refused.count(1) < 2:
+            refused.append(len(endpoints))
+            return StorageBusy("locked")
+        return None
+
+    storage = _Settling(refuse)
+    assert await _answer_three_at_once(storage, VirtualClock()) == [DeliveryState.SUCCEEDED] * 3
+    assert (refused, storage.written) == ([3, 1, 1], [1, 1, 1])
