@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-T = TypeVar("T")
 
 OVERTIME = 1.0
 """Seconds after its timeout at which a transport that broke its promise is stopped, at the next look."""
@@ -25,25 +19,25 @@ class Deadlines:
         self._expired: set[asyncio.Task[object]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def keep(self, promise: Awaitable[T], timeout: float) -> T:
-        """Await it in the current task. Raises TimeoutError when it was stopped."""
+    def begin(self, timeout: float) -> asyncio.Task[object]:
+        """Watch the current task until `end`, and return it."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._ends[task] = loop.time() + timeout + OVERTIME
         if self._timer is None:
             self._timer = loop.call_later(_LOOK, self._look)
-        try:
-            return await promise
-        except asyncio.CancelledError:
-            # Ours, unless somebody else cancelled the task as well: that one counts.
-            if task in self._expired and task.cancelling() <= 1:
-                raise TimeoutError from None
-            raise
-        finally:
-            del self._ends[task]
-            if task in self._expired:
-                self._expired.discard(task)
-                task.uncancel()
+        return task
+
+    def has_stopped(self, task: asyncio.Task[object]) -> bool:
+        """Whether it is we who cancelled a task, and nobody else did as well: that would count."""
+        return task in self._expired and task.cancelling() <= 1
+
+    def end(self, task: asyncio.Task[object]) -> None:
+        """Watch it no longer; a cancellation of ours is over."""
+        del self._ends[task]
+        if task in self._expired:
+            self._expired.discard(task)
+            task.uncancel()
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()

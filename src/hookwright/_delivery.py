@@ -73,6 +73,8 @@ ENDPOINT_HOLD_MOST = HOLD_MOST / SECOND
 _THROTTLING = frozenset([429, 502, 503, 504])
 _THROTTLING_FAILURES = frozenset(["timeout", "connect_timeout", "connect_error", "dns_error", "tls_error"])
 
+_LATE = "the transport did not keep to the total timeout"
+
 _SETTLE_AGAIN = 1.0
 """Seconds between tries to write a result while the storage cannot take it."""
 
@@ -232,20 +234,24 @@ class Deliverer:
     async def _send(self, lease: Lease, request: Request) -> Sent:
         if self._observers.wanted:
             self._observers.report(AttemptStarted(**_about(lease)))
-        started_at = self._clock.now()
+        task, started_at = self._deadlines.begin(request.total_timeout), self._clock.now()
         try:
-            answer = await self._deadlines.keep(self._transport.send(request), request.total_timeout)
+            answer = await self._transport.send(request)
             if not isinstance(answer, (Response, Failure)) or not isinstance(answer[0], (int, str)):
                 answer = Failure("transport_error", f"it returned {type(answer).__name__}, no Response and no Failure")
         except TimeoutError:
-            answer = Failure("timeout", "the transport did not keep to the total timeout")
+            answer = Failure("timeout", _LATE)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if self._deadlines.has_stopped(task):
+                answer = Failure("timeout", _LATE)
+            elif task.cancelling():
                 raise
-            answer = Failure("transport_error", "CancelledError")  # something in it was cancelled, and not we
+            else:
+                answer = Failure("transport_error", "CancelledError")  # something in it was cancelled, and not we
         except Exception as error:  # noqa: BLE001  # a transport may be the application's; a failure is a value
             answer = Failure("transport_error", type(error).__name__)
+        finally:
+            self._deadlines.end(task)
         return Sent(answer, started_at, self._clock.now() - started_at)
 
     async def _not_sent(self, lease: Lease, failure: Failure) -> None:
