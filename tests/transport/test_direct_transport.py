@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from hookwright import ConfigurationError, DirectTransport, Dispatcher, Failure,
 from hookwright.testing import Inbox
 from hookwright.testing._transport_contract_base import OPEN, Peer, answers, deaf, good, loopback, receiving, says
 from hookwright.transport import direct
-from hookwright.transport._dial import Dialler, Target
+from hookwright.transport._dial import HANDSHAKES_AT_ONCE, Dialler, Handshakes, Target
 from tests.conftest import until
 from tests.transport.answers import code, status
 
@@ -228,3 +230,41 @@ async def test_a_small_request_does_not_wait_for_the_receivers_acknowledgement()
         assert there.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         transport.close()
         dialler.close()
+
+
+@pytest.mark.parametrize(("each", "most"), [(math.inf, HANDSHAKES_AT_ONCE), (1e-9, 7)], ids=["quick", "slow"])
+async def test_tls_handshakes_begin_a_few_in_each_turn_of_the_loop_in_order_and_more_where_turns_are_slow(
+    each: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hookwright.transport._dial.HANDSHAKE_EACH", each)
+    handshakes, begun, turns = Handshakes(), [], 0
+    loop = asyncio.get_running_loop()
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        loop.call_soon(count)
+
+    async def begin(number: int) -> None:
+        await handshakes.turn()
+        begun.append((number, turns))
+
+    async with asyncio.timeout(5):
+        tasks = [loop.create_task(begin(number)) for number in range(10)]
+        count()
+        await asyncio.sleep(0)
+        tasks[3].cancel()  # given up while it waited
+        await asyncio.wait(tasks)
+    assert [number for number, _ in begun] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert max(Counter(turn for _, turn in begun).values()) == most
+
+
+def test_handshakes_that_a_loop_left_undone_keep_none_of_the_next_one() -> None:
+    handshakes = Handshakes()
+
+    async def begin() -> None:
+        for _ in range(HANDSHAKES_AT_ONCE):
+            await handshakes.turn()
+
+    for _ in range(2):
+        asyncio.run(asyncio.wait_for(begin(), 5))

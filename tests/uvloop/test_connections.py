@@ -71,10 +71,10 @@ def listening() -> Iterator[socket.socket]:
         yield listener
 
 
-def connection_of(kind: str, until: float) -> Dialled:
+def connection_of(kind: str, reached: Reached) -> Dialled:
     if kind == "direct":
         return Connection(direct._parser_class(), bytearray(BUFFER))
-    return _Stream(until)
+    return _Stream(reached)
 
 
 async def dialled() -> tuple[Reached, socket.socket]:
@@ -84,12 +84,12 @@ async def dialled() -> tuple[Reached, socket.socket]:
         return reached, listener.accept()[0]
 
 
-async def attached(kind: str, says: Callable[[socket.socket], object]) -> Dialled:
+async def attached(kind: str, says: Callable[[socket.socket], object]) -> tuple[Dialled, Reached]:
     """Return a connection whose other side has spoken before it was attached, and is gone."""
     reached, there = await dialled()
     with there:
         says(there)
-        return await attach(partial(connection_of, kind, reached.until), reached)
+        return await attach(partial(connection_of, kind, reached), reached), reached
 
 
 def resets(there: socket.socket) -> None:
@@ -99,26 +99,26 @@ def resets(there: socket.socket) -> None:
 @pytest.mark.parametrize("kind", ["direct", "pooled"])
 @pytest.mark.parametrize("size", [1, 200_000])
 async def test_what_comes_before_the_handshake_is_a_tls_error(kind: str, size: int) -> None:
-    connection = await attached(kind, lambda there: there.send(b"x" * size))
+    connection, reached = await attached(kind, lambda there: there.send(b"x" * size))
     await until(lambda: connection.has_received)
     with pytest.raises(TLSFailed, match="plain text before"):
-        await secure(connection, trusting(), HOST, asyncio.get_running_loop().time() + 1)
+        await secure(connection, trusting(), HOST, reached)
     assert connection.transport.is_closing()
 
 
 @pytest.mark.parametrize("kind", ["direct", "pooled"])
 @pytest.mark.parametrize("ends", [resets, socket.socket.close], ids=["reset", "closed"])
 async def test_an_end_before_the_handshake_is_no_connection(kind: str, ends: Callable[[socket.socket], object]) -> None:
-    connection = await attached(kind, ends)
+    connection, reached = await attached(kind, ends)
     await until(connection.transport.is_closing)
     with pytest.raises(DialFailed) as raised:
-        await secure(connection, trusting(), HOST, asyncio.get_running_loop().time() + 1)
+        await secure(connection, trusting(), HOST, reached)
     assert raised.value.code == "connect_error"
     assert str(raised.value) == "the connection broke during the TLS handshake"
 
 
 async def test_a_reset_before_the_request_is_told_as_one() -> None:
-    connection = await attached("direct", resets)
+    connection, _ = await attached("direct", resets)
     assert isinstance(connection, Connection)
     await until(connection.transport.is_closing)
     await asyncio.sleep(0)

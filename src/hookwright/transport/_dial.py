@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 import ssl
+from collections import deque
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, TypeVar
 
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 ADDRESSES_MOST = 64
 """Addresses of one name that are accepted; more is no host, but an attempt to keep us dialling."""
+
+HANDSHAKES_AT_ONCE = 2
+"""TLS handshakes that begin in one turn of the loop, if it is quick."""
+
+HANDSHAKE_EACH = 0.004
+"""Seconds of a turn for which another handshake begins in the next: where the loop is slow, they are no slower."""
 
 NEXT_ADDRESS = 0.25
 """Seconds after which the next address is tried as well (RFC 8305, 5)."""
@@ -109,11 +116,53 @@ class Target(NamedTuple):
     connect_timeout: float
 
 
+class Handshakes:
+    """Lets TLS handshakes begin a few in each turn of the loop, which each of them holds for a millisecond or two."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_turning = False
+        self._begun = 0.0
+        self._room = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def turn(self) -> None:
+        """Return when one may begin."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # what another one left undone will not be called any more
+            self._loop, self._is_turning = loop, False
+            self._waiting.clear()
+        if not self._is_turning:
+            self._begin_turn(loop, HANDSHAKES_AT_ONCE)
+        if self._room > 0:
+            self._room -= 1
+            return
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _begin_turn(self, loop: asyncio.AbstractEventLoop, room: int) -> None:
+        self._is_turning, self._begun, self._room = True, loop.time(), room
+        while self._waiting and self._room > 0:
+            turn = self._waiting.popleft()
+            if not turn.done():  # its connection was given up meanwhile
+                turn.set_result(None)
+                self._room -= 1
+        loop.call_soon(self._next_turn, loop)
+
+    def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_turning = bool(self._waiting)
+        if self._waiting:
+            took = loop.time() - self._begun
+            self._begin_turn(loop, max(HANDSHAKES_AT_ONCE, int(took / HANDSHAKE_EACH)))
+
+
 class Reached(NamedTuple):
-    """A connected socket, and when (the loop's time) a TLS handshake must be over."""
+    """A connected socket, when (the loop's time) a TLS handshake must be over, and what it waits its turn at."""
 
     socket: socket.socket
     until: float
+    handshakes: Handshakes
 
 
 class Dialler:
@@ -123,6 +172,7 @@ class Dialler:
         self.network = network
         self._policy = own_network(network)
         self._kept: NetworkPolicy | None = None
+        self._handshakes = Handshakes()
         self._own_resolver = SystemResolver() if resolver is None else None
         self._resolver: Resolver = resolver or self._own_resolver  # type: ignore[assignment]  # one of them is there
 
@@ -166,7 +216,7 @@ class Dialler:
         try:
             async with asyncio.timeout_at(until):
                 found = self._dial(ours[0], target.port) if len(ours) == 1 else self._race(ours, target.port)
-                return Reached(await found, until)
+                return Reached(await found, until, self._handshakes)
         except TimeoutError:
             raise ConnectTimedOut("no connection in time") from None
 
@@ -313,15 +363,16 @@ async def attach(factory: Callable[[], D], reached: Reached) -> D:
     return protocol
 
 
-async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, until: float) -> None:
+async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, reached: Reached) -> None:
     """Do the TLS handshake, for the name `host`; the connection is closed when it fails. Raises DialFailed."""
     plain = protocol.transport
     try:
-        if protocol.has_received:
-            raise TLSFailed("the receiver sent plain text before the TLS handshake")
-        if plain.is_closing():
-            raise ConnectionResetError
-        async with asyncio.timeout_at(until):
+        async with asyncio.timeout_at(reached.until):
+            await reached.handshakes.turn()
+            if protocol.has_received:
+                raise TLSFailed("the receiver sent plain text before the TLS handshake")
+            if plain.is_closing():
+                raise ConnectionResetError
             transport = await asyncio.get_running_loop().start_tls(
                 plain,
                 protocol,  # type: ignore[arg-type]  # the same

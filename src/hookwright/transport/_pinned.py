@@ -16,7 +16,7 @@ import httpcore2
 import httpx2
 
 from hookwright.transport._base import RESPONSE_HEADERS, RESPONSE_READ
-from hookwright.transport._dial import Dialler, Target, attach, secure
+from hookwright.transport._dial import Dialler, Reached, Target, attach, secure
 from hookwright.transport._pools import POOL_IDLE, POOLS_MOST, Pools, key_of
 from hookwright.transport._tls import TLSContexts
 
@@ -39,11 +39,11 @@ _EMPTY_LINE = re.compile(rb"\n\r?\n")
 class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
     """One dialled connection, read as bytes come in: an idle one knows at once that something unasked arrived.
 
-    Reads and writes have no timeouts: the attempt has one deadline, and dialling ends at `until`.
+    Reads and writes have no timeouts: the attempt has one deadline, and dialling as `reached` says.
     """
 
-    def __init__(self, until: float) -> None:
-        self._until = until
+    def __init__(self, reached: Reached) -> None:
+        self._reached = reached
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport
         self.beneath: asyncio.Transport | None = None
@@ -154,7 +154,7 @@ class _Stream(asyncio.Protocol, httpcore2.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.AsyncNetworkStream:
-        await secure(self, ssl_context, (server_hostname or "").strip("[]"), self._until)
+        await secure(self, ssl_context, (server_hostname or "").strip("[]"), self._reached)
         return self
 
     def get_extra_info(self, info: str) -> Any:
@@ -181,7 +181,7 @@ class _Backend(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         reached = await self._dialler.connect(Target(host.strip("[]"), port, self._dns_timeout, self._connect_timeout))
-        return await attach(partial(_Stream, reached.until), reached)
+        return await attach(partial(_Stream, reached), reached)
 
 
 class PinnedTransport(httpx2.AsyncBaseTransport):

@@ -233,7 +233,7 @@ class DirectTransport:
         reached = await self._dialler.connect(target)
         connection = await attach(lambda: Connection(self._make_parser, self._buffer), reached)
         if context is not None:
-            await secure(connection, context, way.host, reached.until)
+            await secure(connection, context, way.host, reached)
         return connection
 
     def _compose(self, way: _Way, request: Request) -> bytes:
