@@ -9,7 +9,7 @@ from pydantic_core import to_json
 
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound, StaleEndpoints, StorageError, ValidationFailed
-from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
+from hookwright._explain import Explanation, Match, Mismatch, match_of, may_be_told, why_not
 from hookwright._ids import new_id, new_ids
 from hookwright._models import ALL_TENANTS, Emission, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
@@ -187,7 +187,7 @@ class Emitter:
             if number % _EXPLAINED_AT_ONCE == 0:
                 await asyncio.sleep(0)
             row = self._cache.row(endpoint_id)
-            if row is None:
+            if row is None or not may_be_told(row, event.tenant):
                 continue
             reason = why_not(row, self._cache.filters(endpoint_id), event, terms)
             endpoint = self._cache.get(endpoint_id) if reason is None else None

@@ -41,7 +41,7 @@ class Match(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """An endpoint that would not get the event, and why."""
+    """An endpoint that would not get the event, and why. Of an event with a tenant, none that never could."""
 
     endpoint_id: str
     reason: str
@@ -52,6 +52,11 @@ class Explanation(NamedTuple):
 
     matches: tuple[Match, ...]
     mismatches: tuple[Mismatch, ...]
+
+
+def may_be_told(row: EndpointRow, tenant: str | None) -> bool:
+    """Whether what is explained to a tenant may name the endpoint: others' are not told. None hears of all."""
+    return tenant is None or row.tenant is ALL_TENANTS or row.tenant == tenant
 
 
 def why_not(

@@ -15,7 +15,7 @@ from hookwright._catalogue import RESERVED, check_type
 from hookwright._clock import from_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import EventRow, check_text
+from hookwright._models import ALL_TENANTS, EventRow, check_text
 
 if TYPE_CHECKING:
     from hookwright._catalogue import Catalogue
@@ -67,6 +67,8 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     if catalogue is not None:
         catalogue.check(new.type, new.data, encoded)
     listed = _attributes(new.attributes)
+    if new.tenant is ALL_TENANTS:
+        raise ValidationFailed("tenant", "ALL_TENANTS is for endpoints.create: an event is of one tenant, or of None")
     if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
         raise ValidationFailed("tenant", "must be text or None")
     check_text("tenant", new.tenant or "")
