@@ -45,8 +45,8 @@ BUSY_LIMIT = 5.0
 CLOSING_LIMIT = 0.2
 """The same, for what is waiting when the storage is closed: whoever closes is about to end."""
 
-ANSWERED_AT_ONCE = 16
-"""Callers that go on in one turn of the loop: each asks for the next thing there, which takes an emit 0.1 ms."""
+ANSWERED_AT_ONCE = 8
+"""Callers that go on in one turn of the loop: each asks for the next thing there; an emit to 100 takes 0.4 ms."""
 
 
 class Database(sqlite3.Connection):
