@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import enum
 import json
 import math
 import os
@@ -27,6 +28,10 @@ from hookwright import (
 )
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL, until
+
+
+class Index(enum.StrEnum):
+    B = "b"
 
 
 class Processed(pydantic.BaseModel):
@@ -163,6 +168,8 @@ async def test_events_reach_endpoints_by_pattern_tenant_and_attributes(storage_u
         assert await reached("video.ready", tenant="acme") == {"acme", "everyone"}
         filtered = await reached("x", attributes={"index": ["z", "b"], "big": True})
         assert filtered == {"all", "filtered"}
+        filtered = await reached("x", attributes={"index": Index.B, "big": True})
+        assert filtered == {"all", "filtered"}  # a member of an enum is its value, as in JSON
         assert await reached("x", attributes={"index": "b", "big": 1}) == {"all"}  # 1 is not True
         assert await reached("x", attributes={"index": "b"}) == {"all"}
 

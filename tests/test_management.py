@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hookwright import (
+    ALL_TENANTS,
     ConfigurationError,
     ConflictError,
     DeliveryCancelled,
@@ -392,6 +393,17 @@ async def test_explaining_tells_who_gets_an_event_what_is_sent_and_why_others_do
     assert (await dispatcher.deliveries.list()).items == ()
     with pytest.raises(ValidationFailed, match="type"):
         await dispatcher.explain("not a type")
+
+
+async def test_what_is_explained_to_a_tenant_names_no_endpoint_that_can_never_serve_it(dispatcher: Dispatcher) -> None:
+    create = dispatcher.endpoints.create
+    for tenant in ("other", None):
+        await create(URL, events=["*"], tenant=tenant)
+    own = [(await create(URL, events=events, tenant="acme")).id for events in (["*"], ["export.ready"])]
+    everyones = await create(URL, events=["export.ready"], tenant=ALL_TENANTS)
+    explanation = await dispatcher.explain("video.ready", tenant="acme")
+    assert [match.endpoint_id for match in explanation.matches] == own[:1]
+    assert {mismatch.endpoint_id for mismatch in explanation.mismatches} == {own[1], everyones.id}
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

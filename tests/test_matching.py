@@ -11,6 +11,7 @@ from hookwright import ALL_TENANTS, Dispatcher, EncryptionKey, SQLiteStorage
 from hookwright import _matching as matching
 from hookwright._matching import EndpointCache, SubscriptionIndex
 from hookwright._models import EndpointRow, EndpointState, Key
+from hookwright._snapshot import term
 from hookwright._vault import Vault
 from hookwright.storage._base import Changes
 from hookwright.storage.memory import MemoryStorage
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hookwright._models import Tenant
+    from hookwright._snapshot import Scalar
 
 URL = "https://receiver.example/"
+NOTHING: frozenset[str] = frozenset()
 
 
 def row(number: int, *events: str, tenant: Tenant = None, revision: int = 1, **rest: object) -> EndpointRow:
@@ -107,12 +110,30 @@ async def test_an_endpoint_that_changes_tenant_patterns_or_filters_is_found_by_t
         Changes(2, [row(1, "c", tenant="u", filters={"index": ("x",)}, revision=2)]),
         Changes(3, [row(1, "c", tenant=ALL_TENANTS, revision=3)]),
     )
-    assert cache.match("a", "t", {}) == cache.match("b.x", "t", {}) == ["ep_1"]
+    assert cache.match("a", "t", NOTHING) == cache.match("b.x", "t", NOTHING) == ["ep_1"]
     await cache.refresh(1)
-    assert cache.match("a", "t", {}) == cache.match("b.x", "t", {}) == cache.match("c", "u", {}) == []
-    assert cache.match("c", "u", {"index": frozenset({(str, "x")})}) == ["ep_1"]
+    assert cache.match("a", "t", NOTHING) == cache.match("b.x", "t", NOTHING) == cache.match("c", "u", NOTHING) == []
+    assert cache.match("c", "u", frozenset({term("index", "x")})) == ["ep_1"]
     await cache.refresh(2)
-    assert cache.match("c", "u", {}) == cache.match("c", None, {}) == ["ep_1"]
+    assert cache.match("c", "u", NOTHING) == cache.match("c", None, NOTHING) == ["ep_1"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 500])
+async def test_filters_are_found_by_each_of_their_values_however_many_and_read_as_they_were_given(count: int) -> None:
+    values: tuple[Scalar, ...] = (1, *(f'v\n"{number}' for number in range(count - 1)))
+    filters = {"size: \t": values, "plan": ("pro",)}
+    cache = await cache_of(Changes(1, [row(1, "a", filters=filters)]))
+    plan = term("plan", "pro")
+    for value in values:
+        assert cache.match("a", None, frozenset({plan, term("size: \t", value)})) == ["ep_1"]
+    others: tuple[Scalar, ...] = (True, "1", "v", 2)
+    for other in others:
+        assert cache.match("a", None, frozenset({plan, term("size: \t", other)})) == []
+    for terms in (NOTHING, {plan}, {term("size: \t", 1)}, {term("size: \t", 1), term("plan", "team")}):
+        assert cache.match("a", None, frozenset(terms)) == []
+    assert {key: set(found) for key, found in cache.filters("ep_1").items()} == {
+        key: set(allowed) for key, allowed in filters.items()
+    }
 
 
 async def test_a_deleted_endpoint_leaves_nothing_behind() -> None:
@@ -123,7 +144,7 @@ async def test_a_deleted_endpoint_leaves_nothing_behind() -> None:
     assert cache.is_disabled("ep_1")
     assert await cache.refresh(1)  # one has stopped
     assert (cache.get("ep_1"), cache.row("ep_1"), cache.all(), cache.is_disabled("ep_1")) == (None, None, [], False)
-    assert (cache._hot, cache._filters, cache.match("a", None, {})) == ({}, {}, [])
+    assert (cache._hot, cache._filters, cache.match("a", None, NOTHING)) == ({}, {}, [])
 
 
 async def test_what_is_sent_is_as_it_was_stored() -> None:
@@ -199,13 +220,13 @@ async def test_a_long_change_lets_others_run_and_counts_once_it_is_known_whole()
 
     async def look() -> None:
         while cache.revision < 0:
-            seen.append((cache.revision, len(cache.match("a", None, {}))))
+            seen.append((cache.revision, len(cache.match("a", None, NOTHING))))
             await asyncio.sleep(0)
 
     await asyncio.gather(look(), cache.refresh(-1))
     assert {revision for revision, _ in seen} == {-1}
     assert {count for _, count in seen} == set(range(0, 1000, matching._AT_ONCE))
-    assert (cache.revision, len(cache.match("a", None, {}))) == (1001, 1000)
+    assert (cache.revision, len(cache.match("a", None, NOTHING))) == (1001, 1000)
 
 
 async def test_many_changes_are_read_page_by_page_from_the_file(

@@ -6,12 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hookwright import ConfigurationError, Dispatcher, NetworkPolicy, Profile, Response, RetryPolicy, ValidationFailed
+from hookwright import (
+    ALL_TENANTS,
+    ConfigurationError,
+    Dispatcher,
+    NetworkPolicy,
+    NewEvent,
+    NotFound,
+    Profile,
+    Response,
+    RetryPolicy,
+    ValidationFailed,
+)
 from hookwright.testing import FakeTransport, Inbox, VirtualClock
 from tests.conftest import URL
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 
 @pytest.fixture
@@ -42,6 +53,49 @@ async def test_an_object_in_place_of_its_id_is_refused(dispatcher: Dispatcher) -
     other: Any = receipt
     with pytest.raises(ValidationFailed, match="not Receipt"):
         await dispatcher.deliveries.wait(other)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d: d.emit("a", tenant=ALL_TENANTS),
+        lambda d: d.emit_many([NewEvent("a", tenant=ALL_TENANTS)]),
+        lambda d: d.explain("a", tenant=ALL_TENANTS),
+    ],
+)
+async def test_an_event_of_all_tenants_is_refused(
+    dispatcher: Dispatcher, call: Callable[[Dispatcher], Awaitable[object]]
+) -> None:
+    with pytest.raises(ValidationFailed, match=r"tenant: ALL_TENANTS .* an event is of one tenant, or of None"):
+        await call(dispatcher)
+
+
+async def test_who_reads_what_is_every_tenants_is_told_to_give_none(dispatcher: Dispatcher) -> None:
+    endpoint = await dispatcher.endpoints.create(URL, events=["*"], tenant=ALL_TENANTS)
+    receipt = await dispatcher.emit("a")
+    [delivery] = await dispatcher.deliveries.wait(receipt.event_id)
+    for call in (
+        lambda: dispatcher.endpoints.list(tenant=ALL_TENANTS),
+        lambda: dispatcher.endpoints.pause(endpoint.id, tenant=ALL_TENANTS),
+        lambda: dispatcher.deliveries.list(tenant=ALL_TENANTS),
+        lambda: dispatcher.deliveries.count(tenant=ALL_TENANTS),
+        lambda: dispatcher.deliveries.get(delivery.id, tenant=ALL_TENANTS),
+        lambda: dispatcher.deliveries.wait(receipt.event_id, tenant=ALL_TENANTS),
+        lambda: dispatcher.events.get(receipt.event_id, tenant=ALL_TENANTS),
+    ):
+        with pytest.raises(ValidationFailed, match=r"tenant: ALL_TENANTS .* read every tenant's, give None"):
+            await call()
+
+
+async def test_a_tenant_called_like_the_value_of_all_tenants_is_one_like_any_other(dispatcher: Dispatcher) -> None:
+    everyones = await dispatcher.endpoints.create(URL, events=["*"], tenant=ALL_TENANTS)
+    own = await dispatcher.endpoints.create(URL, events=["*"], tenant="*")
+    assert [endpoint.id for endpoint in await dispatcher.endpoints.list(tenant="*")] == [own.id]
+    with pytest.raises(NotFound):
+        await dispatcher.endpoints.delete(everyones.id, tenant="*")
+    assert (await dispatcher.endpoints.get(own.id, tenant="*")).tenant == "*"
+    assert (await dispatcher.emit("a", tenant="*")).delivery_count == 2
+    assert (await dispatcher.emit("a", tenant="t")).delivery_count == 1
 
 
 @pytest.mark.parametrize(

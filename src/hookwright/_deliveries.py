@@ -18,6 +18,7 @@ from hookwright._models import (
     Payload,
     check_id,
     check_limit,
+    check_reader,
 )
 from hookwright._prepare import lease_of
 from hookwright._snapshot import check_aware
@@ -78,7 +79,7 @@ class Deliveries:
         """Return a delivery. Raises NotFound."""
         self._check_usable()
         delivery = await self._storage.get_delivery(check_id("delivery_id", delivery_id))
-        if tenant is not None and (await self._storage.get_event(delivery.event_id)).tenant != tenant:
+        if check_reader(tenant) is not None and (await self._storage.get_event(delivery.event_id)).tenant != tenant:
             raise NotFound(f"there is no delivery {delivery_id!r}")
         return delivery
 
@@ -280,7 +281,7 @@ class Deliveries:
         """
         self._check_usable()
         event = await self._storage.get_event(check_id("event_id", event_id))
-        if tenant is not None and event.tenant != tenant:
+        if check_reader(tenant) is not None and event.tenant != tenant:
             raise NotFound(f"there is no event {event_id!r}")
         until = None if timeout is None else self._clock.now() + round(timeout * 1_000_000)
         ended = asyncio.Event()
@@ -343,7 +344,6 @@ def _filter(
         ("endpoint_id", endpoint_id),
         ("event_id", event_id),
         ("event_type", event_type),
-        ("tenant", tenant),
     ):
         if value is not None:
             check_id(name, value)
@@ -354,5 +354,5 @@ def _filter(
         event_type=event_type,
         since=None if since is None else from_datetime(check_aware("since", since)),
         until=None if until is None else from_datetime(check_aware("until", until)),
-        tenant=tenant,
+        tenant=check_reader(tenant),
     )

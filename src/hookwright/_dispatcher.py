@@ -304,6 +304,8 @@ class Dispatcher:
     ) -> Explanation:
         """Return who would get this event, who would not and why, and the exact requests. Nothing is written or sent.
 
+        With a `tenant`, endpoints that can never serve it, other tenants' and those of none, are left out.
+
         Raises what `emit` raises for the same arguments.
 
         ```python

@@ -9,15 +9,15 @@ from pydantic_core import to_json
 
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound, StaleEndpoints, StorageError, ValidationFailed
-from hookwright._explain import Explanation, Match, Mismatch, match_of, why_not
+from hookwright._explain import Explanation, Match, Mismatch, match_of, may_be_told, why_not
 from hookwright._ids import new_id, new_ids
 from hookwright._models import ALL_TENANTS, Emission, EventRow, NewDelivery, Receipt, check_id
 from hookwright._observe import EventEmitted
 from hookwright._prepare import lease_of
-from hookwright._snapshot import NewEvent, TypedValues, check_aware, snapshot
+from hookwright._snapshot import NewEvent, check_aware, snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
@@ -36,7 +36,7 @@ class _Emitting(NamedTuple):
     """An event on its way into the outbox: what it is matched by, and when it may be sent."""
 
     event: EventRow
-    attributes: Mapping[str, TypedValues]
+    terms: frozenset[str]
     endpoint_id: str | None
     available_at: int
 
@@ -118,9 +118,9 @@ class Emitter:
                 return receipts
 
     def _emitting(self, new: NewEvent) -> _Emitting:
-        event, attributes = snapshot(new, catalogue=self._catalogue, clock=self._clock)
+        event, terms = snapshot(new, catalogue=self._catalogue, clock=self._clock)
         available_at = 0 if new.deliver_at is None else max(0, from_datetime(check_aware("deliver_at", new.deliver_at)))
-        return _Emitting(event, attributes, new.endpoint_id, available_at)
+        return _Emitting(event, terms, new.endpoint_id, available_at)
 
     def _not_told(self, error: BaseException) -> None:
         """It was cancelled or failed, and may be stored all the same: then nobody else would send it."""
@@ -152,7 +152,7 @@ class Emitter:
     def _match(self, emitting: _Emitting) -> Emission:
         event = emitting.event
         if emitting.endpoint_id is None:
-            wanting = self._cache.match(event.type, event.tenant, emitting.attributes)
+            wanting = self._cache.match(event.type, event.tenant, emitting.terms)
         else:
             wanting = [emitting.endpoint_id] if self._cache.exists(emitting.endpoint_id) else []
         return Emission(event, self._new_deliveries(wanting, emitting.available_at))
@@ -169,7 +169,7 @@ class Emitter:
         """Return an operational event about an endpoint, if anybody subscribed to it."""
         about = self._cache.get(endpoint_id)
         tenant = about.row.tenant if about is not None and about.row.tenant is not ALL_TENANTS else None
-        wanting = self._cache.match(type, tenant, {})
+        wanting = self._cache.match(type, tenant, frozenset())
         if not wanting:
             return None
         now = self._clock.now()
@@ -179,7 +179,7 @@ class Emitter:
 
     async def explain(self, new: NewEvent) -> Explanation:
         """See `Dispatcher.explain`."""
-        event, wanted = snapshot(new, catalogue=self._catalogue, clock=self._clock)
+        event, terms = snapshot(new, catalogue=self._catalogue, clock=self._clock)
         await self._cache.refresh(self._cache.revision)
         matches: list[Match] = []
         mismatches: list[Mismatch] = []
@@ -187,9 +187,9 @@ class Emitter:
             if number % _EXPLAINED_AT_ONCE == 0:
                 await asyncio.sleep(0)
             row = self._cache.row(endpoint_id)
-            if row is None:
+            if row is None or not may_be_told(row, event.tenant):
                 continue
-            reason = why_not(row, self._cache.filters(endpoint_id), event, wanted)
+            reason = why_not(row, self._cache.filters(endpoint_id), event, terms)
             endpoint = self._cache.get(endpoint_id) if reason is None else None
             if reason is not None:
                 mismatches.append(Mismatch(endpoint_id=endpoint_id, reason=reason))

@@ -40,6 +40,7 @@ from hookwright._models import (
     Page,
     check_id,
     check_limit,
+    check_reader,
     to_attempt,
 )
 from hookwright._observe import EndpointDisabled
@@ -192,7 +193,7 @@ class Endpoints:
         Raises ValidationFailed for a limit out of range or a cursor that did not come from the same list.
         """
         self._check_usable()
-        page = await self._storage.list_endpoints(limit=check_limit(limit), cursor=cursor, tenant=tenant)
+        page = await self._storage.list_endpoints(limit=check_limit(limit), cursor=cursor, tenant=check_reader(tenant))
         return Page(items=tuple(self._shown(row) for row in page.items), next_cursor=page.next_cursor)
 
     async def update(
@@ -335,7 +336,7 @@ class Endpoints:
             type=TEST_TYPE,
             data=b'{"test":true}',
             occurred_at=self._clock.wall(),
-            tenant=row.tenant if isinstance(row.tenant, str) and row.tenant != ALL_TENANTS else None,
+            tenant=None if row.tenant is ALL_TENANTS else row.tenant,
         )
         delivery = NewDelivery(new_id("dlv", now), endpoint_id)
         record, succeeded = await self._try_out(lease_of(event, delivery, now))
@@ -423,7 +424,7 @@ class Endpoints:
     async def _row(self, endpoint_id: str, tenant: str | None) -> EndpointRow:
         self._check_usable()
         row = await self._storage.get_endpoint(check_id("endpoint_id", endpoint_id))
-        if tenant is not None and row.tenant != tenant:
+        if check_reader(tenant) is not None and (row.tenant is ALL_TENANTS or row.tenant != tenant):
             raise NotFound(f"there is no endpoint {endpoint_id!r}")
         return row
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hookwright._clock import from_datetime
 from hookwright._errors import NotFound
-from hookwright._models import check_id
+from hookwright._models import check_id, check_reader
 from hookwright._snapshot import check_aware
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Events:
         """Return an event with its data, as it was stored. Raises NotFound."""
         self._check_usable()
         event = await self._storage.get_event(check_id("event_id", event_id))
-        if tenant is not None and event.tenant != tenant:
+        if check_reader(tenant) is not None and event.tenant != tenant:
             raise NotFound(f"there is no event {event_id!r}")
         return event
 

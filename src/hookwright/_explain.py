@@ -8,14 +8,15 @@ from hookwright._addresses import masked_url
 from hookwright._catalogue import candidates
 from hookwright._models import ALL_TENANTS, EndpointState
 from hookwright._prepare import Prepared, Unrenderable, Unusable
+from hookwright._snapshot import of_term, term
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from hookwright._matching import CachedEndpoint, Filters
+    from hookwright._matching import CachedEndpoint
     from hookwright._models import EndpointRow, EventRow, Lease
     from hookwright._prepare import Preparer
-    from hookwright._snapshot import TypedValues
+    from hookwright._snapshot import Scalar
 
 MASK = "****"
 
@@ -40,7 +41,7 @@ class Match(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """An endpoint that would not get the event, and why."""
+    """An endpoint that would not get the event, and why. Of an event with a tenant, none that never could."""
 
     endpoint_id: str
     reason: str
@@ -53,18 +54,30 @@ class Explanation(NamedTuple):
     mismatches: tuple[Mismatch, ...]
 
 
-def why_not(row: EndpointRow, filters: Filters, event: EventRow, attributes: Mapping[str, TypedValues]) -> str | None:
+def may_be_told(row: EndpointRow, tenant: str | None) -> bool:
+    """Whether what is explained to a tenant may name the endpoint: others' are not told. None hears of all."""
+    return tenant is None or row.tenant is ALL_TENANTS or row.tenant == tenant
+
+
+def why_not(
+    row: EndpointRow, filters: Mapping[str, Sequence[Scalar]], event: EventRow, terms: frozenset[str]
+) -> str | None:
     """Return why the endpoint does not want the event; None: it does."""
     if row.tenant is not ALL_TENANTS and row.tenant != event.tenant:
         return f"tenant: it serves {row.tenant!r}, the event is of {event.tenant!r}"
     if not set(row.events) & set(candidates(event.type)):
         return f"events: none of {', '.join(row.events)} matches {event.type}"
     for key, allowed in filters.items():
-        if key not in attributes:
-            return f"filters: the event has no attribute {key!r}"
-        if not allowed & attributes[key]:
-            return f"filters: {key!r} must be one of {', '.join(repr(value) for _, value in sorted(allowed, key=repr))}"
+        if terms.isdisjoint(term(key, value) for value in allowed):
+            if all(of_term(text)[0] != key for text in terms):
+                return f"filters: the event has no attribute {key!r}"
+            values = ", ".join(map(repr, sorted(allowed, key=_by_kind)))
+            return f"filters: {key!r} must be one of {values}"
     return None
+
+
+def _by_kind(value: Scalar) -> tuple[str, str]:
+    return type(value).__name__, repr(value)
 
 
 def masked(headers: Iterable[tuple[str, str]], endpoint: CachedEndpoint) -> tuple[tuple[str, str], ...]:

@@ -32,7 +32,7 @@ class AllTenants(StrEnum):
 
 
 ALL_TENANTS: Final = AllTenants.ALL
-"""`tenant=ALL_TENANTS`: the endpoint receives the events of every tenant, and of none."""
+"""`tenant=ALL_TENANTS`: the endpoint receives the events of every tenant, and of none. Refused but in `create`."""
 
 Tenant = str | AllTenants | None
 
@@ -258,6 +258,13 @@ def check_text(field: str, value: str) -> str:
     except UnicodeEncodeError:
         raise ValidationFailed(field, "holds half a surrogate pair, which is no text") from None
     return value
+
+
+def check_reader(tenant: str | None) -> str | None:
+    """Return whose things are asked for (None: everybody's), or raise ValidationFailed."""
+    if tenant is ALL_TENANTS:
+        raise ValidationFailed("tenant", "ALL_TENANTS is for endpoints.create: to read every tenant's, give None")
+    return None if tenant is None else check_id("tenant", tenant)
 
 
 def check_limit(limit: int) -> int:

@@ -15,17 +15,14 @@ from hookwright._catalogue import RESERVED, check_type
 from hookwright._clock import from_datetime
 from hookwright._errors import ValidationFailed
 from hookwright._ids import new_id
-from hookwright._models import EventRow, check_text
+from hookwright._models import ALL_TENANTS, EventRow, check_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hookwright._catalogue import Catalogue
     from hookwright._clock import Clock
     from hookwright._models import AttributeValue
 
 Scalar = str | int | bool
-TypedValues = frozenset[tuple[type, Scalar]]
 
 
 class NewEvent(NamedTuple):
@@ -50,13 +47,19 @@ DATA_LIMIT = 256 * 1024
 """Bytes of an event's data as JSON at most."""
 
 
-def typed(values: Sequence[Scalar]) -> TypedValues:
-    """Return the values with their types: to Python True equals 1, to a filter it does not."""
-    return frozenset((type(value), value) for value in values)
+def term(key: str, value: Scalar) -> str:
+    """Return one text for an attribute and a value, as JSON: there True is not 1, and a member of an enum its value."""
+    return f"{json.dumps(key)}:{json.dumps(value)}"
 
 
-def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tuple[EventRow, dict[str, TypedValues]]:
-    """Return the event to store, and its attributes as filters compare them. Raises ValidationFailed."""
+def of_term(text: str) -> tuple[str, Scalar]:
+    """Return attribute and value."""
+    [(key, value)] = json.loads(f"{{{text}}}").items()
+    return key, value
+
+
+def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tuple[EventRow, frozenset[str]]:
+    """Return the event to store, and the terms of its attributes, which filters look for. Raises ValidationFailed."""
     check_type(new.type)
     if new.type.startswith(RESERVED):
         raise ValidationFailed("type", f"types that begin with {RESERVED!r} are hookwright's own: choose another name")
@@ -64,6 +67,8 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     if catalogue is not None:
         catalogue.check(new.type, new.data, encoded)
     listed = _attributes(new.attributes)
+    if new.tenant is ALL_TENANTS:
+        raise ValidationFailed("tenant", "ALL_TENANTS is for endpoints.create: an event is of one tenant, or of None")
     if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
         raise ValidationFailed("tenant", "must be text or None")
     check_text("tenant", new.tenant or "")
@@ -85,7 +90,7 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
         digest=digest,
         trace_context=_trace_context(new.trace_context),
     )
-    return event, {key: typed(values) for key, values in listed.items()}
+    return event, frozenset(term(key, value) for key, values in listed.items() for value in values)
 
 
 def _encode(data: object) -> bytes:

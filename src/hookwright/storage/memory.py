@@ -12,6 +12,7 @@ from hookwright._errors import ConflictError, HookwrightError, NotFound, StaleEn
 from hookwright._health import Change, EndpointHealth, came_true, cool_down
 from hookwright._ids import new_token
 from hookwright._models import (
+    ALL_TENANTS,
     Claim,
     DeliveryState,
     EndpointRow,
@@ -395,7 +396,9 @@ class MemoryStorage(MemoryHistory):
         ids = [
             id
             for id, endpoint in sorted(self._endpoints.items(), reverse=True)
-            if not endpoint.deleted and tenant in {None, endpoint.tenant} and (after is None or id < after)
+            if not endpoint.deleted
+            and (tenant is None or (endpoint.tenant is not ALL_TENANTS and endpoint.tenant == tenant))
+            and (after is None or id < after)
         ]
         items = tuple([await self.get_endpoint(id) for id in ids[:limit]])
         more = len(ids) > limit

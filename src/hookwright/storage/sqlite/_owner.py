@@ -45,6 +45,9 @@ BUSY_LIMIT = 5.0
 CLOSING_LIMIT = 0.2
 """The same, for what is waiting when the storage is closed: whoever closes is about to end."""
 
+ANSWERED_AT_ONCE = 8
+"""Callers that go on in one turn of the loop: each asks for the next thing there; an emit to 100 takes 0.4 ms."""
+
 
 class Database(sqlite3.Connection):
     """A connection whose `execute` also takes a function and runs it whole in the connection's own thread.
@@ -221,32 +224,31 @@ class Owner:
     async def _commit(self, group: list[_Operation]) -> None:
         try:
             answers = await self._connected.call(lambda database: run_group(database, group))
-        except StorageBusy as error:
-            self._retry_later(group, error)
-        except StorageCorrupt as error:
-            self._damage = error
-            self._fail(group, error)
         except Exception as error:  # noqa: BLE001  # the owner must outlive whatever an operation raised
-            self._fail(group, error)
+            answers = [error] * len(group)
         except BaseException:
             self._fail(group, StorageClosed("the storage's task was cancelled: it may or may not have been written"))
             raise
         else:
             self.transactions += 1
             self.operations += len(group)
-            self._answer(group, answers)
+        await self._answer(group, answers)
 
-    def _answer(self, group: list[_Operation], answers: list[Any]) -> None:
-        again: list[_Operation] = []
-        for operation, answer in zip(group, answers, strict=True):
-            if isinstance(answer, StorageCorrupt):
-                self._damage = answer
-            if isinstance(answer, StorageBusy):
-                again.append(operation)
-            else:
-                _resolve(operation.future, answer)
-        if again:
+    async def _answer(self, group: list[_Operation], answers: list[Any]) -> None:
+        """Answer in the order of arrival, a few in each turn of the loop; the rest at once when we are cancelled."""
+        self._damage = next((answer for answer in answers if isinstance(answer, StorageCorrupt)), self._damage)
+        pairs = list(zip(group, answers, strict=True))
+        if again := [operation for operation, answer in pairs if isinstance(answer, StorageBusy)]:
             self._retry_later(again, answers[-1])
+        left = iter([pair for pair in pairs if not isinstance(pair[1], StorageBusy)])
+        try:
+            for number, (operation, answer) in enumerate(left, 1):
+                _resolve(operation.future, answer)
+                if number % ANSWERED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        finally:
+            for operation, answer in left:
+                _resolve(operation.future, answer)
 
     def _retry_later(self, group: list[_Operation], error: StorageBusy) -> None:
         now = time.monotonic()
