@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A delivery: its columns, and its attempts counted by what they say."""
+    """A delivery: its columns, its lease's token, and its attempts counted by what they say."""
 
     state: str
     token: str | None
@@ -40,9 +40,10 @@ class Picture(NamedTuple):
 NOTHING = Picture("ok", frozenset(), {})
 
 _ROWS = """
-SELECT p.url, d.event_id, d.state, d.token, d.attempt_count, d.interruptions, coalesce(a.answered, 0),
+SELECT p.url, d.event_id, d.state, l.token, d.attempt_count, d.interruptions, coalesce(a.answered, 0),
        coalesce(a.interrupted, 0), coalesce(a.attempts, 0), p.state, p.disabled_reason
-FROM hookwright_delivery AS d JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id LEFT JOIN (
+FROM hookwright_delivery AS d JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id
+LEFT JOIN hookwright_lease AS l ON l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id LEFT JOIN (
     SELECT delivery_id, sum(status IS NOT NULL) AS answered, sum(error IS 'interrupted') AS interrupted,
            count(*) AS attempts
     FROM hookwright_attempt GROUP BY delivery_id
