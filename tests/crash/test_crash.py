@@ -107,7 +107,7 @@ def _forget_a_delivery(campaign: Campaign, log: Path) -> None:
 
 
 def _end_without_sending(campaign: Campaign, log: Path) -> None:
-    _change(campaign, "UPDATE hookwright_delivery SET state = 'succeeded' WHERE event_id = ?")
+    _change(campaign, "UPDATE hookwright_delivery SET state = 'succeeded', available_at = NULL WHERE event_id = ?")
 
 
 def _change(campaign: Campaign, *statements: str) -> None:

@@ -46,7 +46,8 @@ WHERE idempotency_key IS NOT NULL;
 
 CREATE INDEX hookwright_event_created ON hookwright_event (created_at);
 
--- available_at: since when it may be sent; 0 is at once, NULL once the delivery has ended. A lease leaves it as it is.
+-- available_at: since when it may be sent; 0 is at once. All that are pending have one, and none that has ended. A lease
+-- leaves it as it is.
 CREATE TABLE hookwright_delivery (
     id TEXT PRIMARY KEY,
     event_id TEXT NOT NULL,
@@ -63,8 +64,9 @@ CREATE TABLE hookwright_delivery (
     last_error TEXT
 ) WITHOUT ROWID;
 
+-- Not WHERE state = 'pending': SQLite would look that up in the row, for each entry that it walks past.
 CREATE INDEX hookwright_delivery_queue ON hookwright_delivery (endpoint_id, available_at, id)
-WHERE state = 'pending';
+WHERE available_at IS NOT NULL;
 
 CREATE INDEX hookwright_delivery_event ON hookwright_delivery (event_id);
 

@@ -43,25 +43,24 @@ _LANES = at_once(
 
 # Two walks along the queue's index, which no sorting interrupts, for all lanes with one statement: rows for now, and
 # rows by time. They pass by what is leased; leases that have ended are a list of their own. What is asked for is only
-# looked up when it is chosen.
+# looked up when it is chosen. No id of ours has a comma.
 def _ids(condition: str, order: str) -> str:
     return f"""(
-    SELECT json_group_array(id) FROM (
+    SELECT group_concat(id) FROM (
         SELECT d.id FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-        WHERE d.endpoint_id = lane.value AND d.state = 'pending' AND {condition} AND {UNLEASED}
-        ORDER BY {order} LIMIT :limit
+        WHERE d.endpoint_id = lane.value AND {condition} AND {UNLEASED} ORDER BY {order} LIMIT :limit
     )
 )"""
 
 
 _DUE = f"""
-SELECT json_group_array(json_array(lane.value, json({_ids("d.available_at = 0", "d.id")}),
-    json({_ids("d.available_at > 0 AND d.available_at <= :now", "d.available_at, d.id")}), json((
-    SELECT json_group_array(delivery_id) FROM (
+SELECT json_group_array(json_array(lane.value, {_ids("d.available_at = 0", "d.id")},
+    {_ids("d.available_at > 0 AND d.available_at <= :now", "d.available_at, d.id")}, (
+    SELECT group_concat(delivery_id) FROM (
         SELECT delivery_id FROM hookwright_lease WHERE endpoint_id = lane.value AND until <= :now
         ORDER BY until, delivery_id LIMIT :limit
     )
-))))
+)))
 FROM json_each(:lanes) AS lane
 """
 
@@ -189,16 +188,17 @@ class _Claiming:
     def _first_due(self, endpoints: list[str], limit: int) -> dict[str, list[str]]:
         wanted = {"lanes": json.dumps(endpoints), "now": self._now, "limit": limit}
         due: dict[str, list[str]] = {}
-        for endpoint_id, *lists in rows_at_once(self._database, _DUE, wanted):
-            self._ended.update(lists[-1])
-            found = [ids for ids in lists if ids]
-            due[endpoint_id] = self._by_waiting(found)[:limit] if len(found) > 1 else [*itertools.chain(*found)]
+        for endpoint_id, for_now, by_time, ended in rows_at_once(self._database, _DUE, wanted):
+            lists = [ids.split(",") for ids in (for_now, by_time, ended) if ids]
+            if ended:
+                self._ended.update(lists[-1])
+            ids = list(itertools.chain(*lists))
+            due[endpoint_id] = self._by_waiting(ids)[:limit] if len(lists) > 1 else ids
         return due
 
-    def _by_waiting(self, lists: list[list[str]]) -> list[str]:
+    def _by_waiting(self, ids: list[str]) -> list[str]:
         """Return rows for now, rows by time and rows whose lease has ended in one line."""
-        ids = json.dumps([*itertools.chain(*lists)])
-        return [row[0] for row in self._database.execute(_BY_WAITING, (ids,)).fetchall()]
+        return [row[0] for row in self._database.execute(_BY_WAITING, (json.dumps(ids),)).fetchall()]
 
     def _lease(self, served: Sequence[tuple[_Ready, list[str]]]) -> None:
         """Lease rows, each under a fresh token."""
@@ -290,7 +290,7 @@ UPDATE hookwright_lane SET hold_until = CASE WHEN hold_until > ?2 THEN hold_unti
     SELECT CASE WHEN first > ?2 THEN first ELSE ?3 END FROM (
         SELECT min(coalesce((
             SELECT d.available_at FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-            WHERE d.endpoint_id = hookwright_lane.endpoint_id AND d.state = 'pending' AND {UNLEASED}
+            WHERE d.endpoint_id = hookwright_lane.endpoint_id AND d.available_at IS NOT NULL AND {UNLEASED}
             ORDER BY d.available_at LIMIT 1
         ), {FOREVER}), coalesce((
             SELECT min(until) FROM hookwright_lease WHERE endpoint_id = hookwright_lane.endpoint_id

@@ -148,6 +148,7 @@ def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
         # Written out, and the index's own condition with it: the planner proves nothing, it compares texts.
         wanted = ", ".join(f"'{state.value}'" for state in where.states)
         indexed = f" AND {UNSUCCESSFUL}" if set(where.states) <= _UNSUCCESSFUL else ""
+        indexed = " AND d.available_at IS NOT NULL" if where.states == (DeliveryState.PENDING,) else indexed
         one = f"= {wanted}" if len(where.states) == 1 else f"IN ({wanted})"
         parts[f"d.state {one}{indexed} AND 1 = ?"] = 1
     used = {part: value for part, value in parts.items() if value is not None}
@@ -169,13 +170,11 @@ def stats(database: Database, endpoint_id: str, since: int) -> list[tuple[int, b
 _OLDEST = f"""
 SELECT min((
     SELECT coalesce(d.renewed_at, d.created_at) FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at = 0
-    AND {UNLEASED}
+    WHERE d.endpoint_id = l.endpoint_id AND d.available_at = 0 AND {UNLEASED}
     ORDER BY d.id LIMIT 1
 )), min((
     SELECT d.available_at FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.available_at <= ?1
-    AND {UNLEASED}
+    WHERE d.endpoint_id = l.endpoint_id AND d.available_at > 0 AND d.available_at <= ?1 AND {UNLEASED}
     ORDER BY d.available_at LIMIT 1
 )) FROM hookwright_lane AS l WHERE max(l.due_at, l.hold_until, l.rate_until) <= ?1
 """
@@ -184,7 +183,7 @@ SELECT min((
 def backlog(database: Database, now: int) -> Backlog:
     """See `Storage.backlog`."""
     counted = f"SELECT count(*) FROM (SELECT 1 FROM {{}} LIMIT {BACKLOG_COUNTED})"
-    waiting = "hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE state = 'pending'"
+    waiting = "hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE available_at IS NOT NULL"
     pending = database.execute(counted.format(waiting)).fetchone()[0]
     leased = database.execute(counted.format("hookwright_lease")).fetchone()[0]
     oldest = database.execute(_OLDEST, (now,)).fetchone()

@@ -78,7 +78,7 @@ _SWEEP = f"""
 UPDATE hookwright_delivery SET state = ?, available_at = NULL, finished_at = ?
 WHERE id IN (
     SELECT d.id FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-    WHERE d.endpoint_id = ? AND d.state = 'pending' AND {UNLEASED} LIMIT ?
+    WHERE d.endpoint_id = ? AND d.available_at IS NOT NULL AND {UNLEASED} LIMIT ?
 )
 """
 
@@ -115,7 +115,7 @@ def _interrupt_leased(database: Database, endpoint_id: str, now: int) -> None:
 def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:
     waiting = database.execute(
         "SELECT 1 FROM hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE endpoint_id = ?"
-        " AND state = 'pending' LIMIT 1",
+        " AND available_at IS NOT NULL LIMIT 1",
         (endpoint_id,),
     ).fetchone()
     if waiting is None and state == "cancelled":
