@@ -50,6 +50,13 @@ LEFT JOIN hookwright_lease AS l ON l.endpoint_id = d.endpoint_id AND l.delivery_
 ) AS a ON a.delivery_id = d.id
 """
 
+_BROKEN = """
+SELECT 'a delivery is ' || state || ', available at ' || coalesce(available_at, 'no time') FROM hookwright_delivery
+WHERE (state = 'pending') <> (available_at IS NOT NULL)
+UNION SELECT 'a lease of a delivery that is not pending' FROM hookwright_lease
+WHERE delivery_id NOT IN (SELECT id FROM hookwright_delivery WHERE state = 'pending')
+"""
+
 
 def look(database: Path) -> Picture:
     """Copy a database that nobody has open, with its write-ahead log, and read the copy."""
@@ -63,9 +70,10 @@ def look(database: Path) -> Picture:
         integrity = "; ".join(row[0] for row in connection.execute("PRAGMA integrity_check"))
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'hookwright_meta'").fetchone() is None:
             return NOTHING._replace(integrity=integrity)
+        broken = [row[0] for row in connection.execute(_BROKEN)]
         events = frozenset(row[0] for row in connection.execute("SELECT id FROM hookwright_event"))
         rows = {(_path(row[0]), row[1]): Row(*row[2:]) for row in connection.execute(_ROWS)}
-    return Picture(integrity, events, rows)
+    return Picture("; ".join(broken) or integrity, events, rows)
 
 
 def _path(url: str) -> str:

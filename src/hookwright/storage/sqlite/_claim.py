@@ -193,7 +193,7 @@ class _Claiming:
             if ended:
                 self._ended.update(lists[-1])
             ids = list(itertools.chain(*lists))
-            due[endpoint_id] = self._by_waiting(ids)[:limit] if len(lists) > 1 else ids
+            due[endpoint_id] = self._by_waiting(ids) if len(lists) > 1 else ids
         return due
 
     def _by_waiting(self, ids: list[str]) -> list[str]:
