@@ -126,9 +126,9 @@ def store_waiting(path: Path, endpoints: Sequence[str], rows: int, *, first: int
             span,
         )
         database.execute(
-            _FILL + "INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at,"
+            _FILL + "INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at,"
             " created_at) SELECT printf('dlv_00%010x%020d', i, i), printf('evt_00%010x%020d', i, i),"
-            f" (SELECT id FROM endpoint WHERE endpoint.i = n.i % {len(endpoints)}), 'pending', 0, 0,"
+            f" (SELECT id FROM endpoint WHERE endpoint.i = n.i % {len(endpoints)}), 'pending', 0,"
             f" {now} - {last} + i FROM n",
             span,
         )

@@ -73,7 +73,7 @@ class Waiting:
         begin = time.process_time()
         for endpoint_id in ids:
             database.execute(
-                "SELECT id FROM hookwright_delivery WHERE endpoint_id = ? AND state = 'pending'"
+                "SELECT id FROM hookwright_delivery WHERE endpoint_id = ? AND available_at IS NOT NULL"
                 " ORDER BY available_at, id LIMIT 1",
                 (endpoint_id,),
             ).fetchone()

@@ -67,9 +67,7 @@ class _Bare:
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
-        columns = (
-            "id TEXT PRIMARY KEY, event_id, endpoint_id, state, available_at, scheduled_at, created_at, finished_at"
-        )
+        columns = "id TEXT PRIMARY KEY, event_id, endpoint_id, state, available_at, created_at, finished_at"
         self._database.execute(f"CREATE TABLE delivery ({columns}) WITHOUT ROWID")
         self._number = 0
 
@@ -77,9 +75,9 @@ class _Bare:
         self._number += 1
         event_id = f"evt_{self._number:028x}"
         prefix = f"dlv_{self._number:012x}"
-        made = [(f"{prefix}{n:016x}", event_id, f"ep_{n:028x}", "pending", 0, 0, n, None) for n in range(rows)]
+        made = [(f"{prefix}{n:016x}", event_id, f"ep_{n:028x}", "pending", 0, n, None) for n in range(rows)]
         self._database.execute("BEGIN IMMEDIATE")
-        self._database.executemany("INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?, ?)", made)
+        self._database.executemany("INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?)", made)
         self._database.execute("COMMIT")
 
     async def spent(self, rows: int, events: int) -> Spent:

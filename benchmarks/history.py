@@ -46,7 +46,7 @@ def _fill(path: Path, endpoints: list[str], rows: int) -> None:
         database.execute(
             FILL + "INSERT INTO hookwright_delivery SELECT printf('dlv_00%010x%020d', i, i),"
             f" printf('evt_00%010x%020d', i, i), (SELECT id FROM endpoint WHERE endpoint.i = n.i % {len(endpoints)}),"
-            f" {STATE}, 0, NULL, NULL, 1, 0, 0, {now} - {rows} + i, NULL, {now}, 200, NULL FROM n",
+            f" {STATE}, NULL, 1, 0, 0, {now} - {rows} + i, NULL, {now}, 200, NULL FROM n",
             span,
         )
         database.execute(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
@@ -27,7 +29,7 @@ from hookwright import (
     StorageFull,
 )
 from hookwright._models import EndpointRow, Key
-from hookwright.storage.sqlite import _owner, _schema
+from hookwright.storage.sqlite import _claim, _owner, _release, _schema, _settle
 from hookwright.testing import FakeTransport
 from tests.conftest import URL
 
@@ -179,6 +181,33 @@ def test_a_forgotten_aclose_does_not_hang_the_interpreters_exit(tmp_path: Path) 
     emitted, left_main_at = done.stdout.split()
     assert emitted == "emitted"
     assert time.monotonic() - float(left_main_at) < 2
+
+
+@pytest.mark.parametrize("statement", [_claim._DUE, _claim._MOVE_ON, _release._SWEEP])
+async def test_whoever_walks_the_queue_reads_its_index_alone(path: Path, statement: str) -> None:
+    plan = await _plan(path, statement)
+    walks = [step for step in plan if "hookwright_delivery_queue" in step]
+    assert walks
+    assert all("COVERING INDEX hookwright_delivery_queue (endpoint_id=?" in step for step in walks)
+    assert [step for step in plan if "hookwright_lease" in step]
+
+
+@pytest.mark.parametrize(
+    "statement", [_claim._DUE, _claim._MOVE_ON, _claim._ROWS, _claim._LEASE, _claim._BY_WAITING, _settle._LEASES]
+)
+async def test_deliveries_and_leases_are_looked_up_never_scanned(path: Path, statement: str) -> None:
+    plan = await _plan(path, statement)
+    read = [step for step in plan if step.split()[1] in {"d", "l", "hookwright_delivery", "hookwright_lease"}]
+    assert read
+    assert all(step.startswith("SEARCH") for step in read)
+
+
+async def _plan(path: Path, statement: str) -> list[str]:
+    async with Dispatcher(f"sqlite:///{path}", keys=[], deliver=False):
+        pass
+    with closing(sqlite3.connect(path)) as database:
+        whatever = re.sub(r"\?\d?|:\w+", "1", statement)
+        return [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {whatever}")]
 
 
 async def test_scrubbing_clears_what_divided_pages_left_behind(path: Path) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """A delivery: its columns, and its attempts counted by what they say."""
+    """A delivery: its columns, its lease's token, and its attempts counted by what they say."""
 
     state: str
     token: str | None
@@ -40,13 +40,21 @@ class Picture(NamedTuple):
 NOTHING = Picture("ok", frozenset(), {})
 
 _ROWS = """
-SELECT p.url, d.event_id, d.state, d.token, d.attempt_count, d.interruptions, coalesce(a.answered, 0),
+SELECT p.url, d.event_id, d.state, l.token, d.attempt_count, d.interruptions, coalesce(a.answered, 0),
        coalesce(a.interrupted, 0), coalesce(a.attempts, 0), p.state, p.disabled_reason
-FROM hookwright_delivery AS d JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id LEFT JOIN (
+FROM hookwright_delivery AS d JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id
+LEFT JOIN hookwright_lease AS l ON l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id LEFT JOIN (
     SELECT delivery_id, sum(status IS NOT NULL) AS answered, sum(error IS 'interrupted') AS interrupted,
            count(*) AS attempts
     FROM hookwright_attempt GROUP BY delivery_id
 ) AS a ON a.delivery_id = d.id
+"""
+
+_BROKEN = """
+SELECT 'a delivery is ' || state || ', available at ' || coalesce(available_at, 'no time') FROM hookwright_delivery
+WHERE (state = 'pending') <> (available_at IS NOT NULL)
+UNION SELECT 'a lease of a delivery that is not pending' FROM hookwright_lease
+WHERE delivery_id NOT IN (SELECT id FROM hookwright_delivery WHERE state = 'pending')
 """
 
 
@@ -62,9 +70,10 @@ def look(database: Path) -> Picture:
         integrity = "; ".join(row[0] for row in connection.execute("PRAGMA integrity_check"))
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'hookwright_meta'").fetchone() is None:
             return NOTHING._replace(integrity=integrity)
+        broken = [row[0] for row in connection.execute(_BROKEN)]
         events = frozenset(row[0] for row in connection.execute("SELECT id FROM hookwright_event"))
         rows = {(_path(row[0]), row[1]): Row(*row[2:]) for row in connection.execute(_ROWS)}
-    return Picture(integrity, events, rows)
+    return Picture("; ".join(broken) or integrity, events, rows)
 
 
 def _path(url: str) -> str:

@@ -107,12 +107,14 @@ def _forget_a_delivery(campaign: Campaign, log: Path) -> None:
 
 
 def _end_without_sending(campaign: Campaign, log: Path) -> None:
-    _change(campaign, "UPDATE hookwright_delivery SET state = 'succeeded', token = NULL WHERE event_id = ?")
+    _change(campaign, "UPDATE hookwright_delivery SET state = 'succeeded', available_at = NULL WHERE event_id = ?")
 
 
 def _change(campaign: Campaign, *statements: str) -> None:
     with closing(sqlite3.connect(campaign.database)) as connection, connection:
         newest = max(campaign.oracle.acknowledged, key=lambda id: int(id.removeprefix("evt_")))
+        leased = "SELECT id FROM hookwright_delivery WHERE event_id = ?"
+        connection.execute(f"DELETE FROM hookwright_lease WHERE delivery_id IN ({leased})", (newest,))
         for statement in statements:
             assert connection.execute(statement, (newest,)).rowcount > 0
 

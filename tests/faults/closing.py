@@ -163,9 +163,9 @@ def _kept(path: Path, late: asyncio.Future[Receipt]) -> list[str]:
         emitted += 1
     if unhappy is not None and not isinstance(unhappy, (StorageBusy, StorageClosed)):
         broken.append(f"emit raised {unhappy!r}")
-    rows = look(path, "SELECT state, attempt_count - budget_from, token FROM hookwright_delivery")
+    rows = look(path, "SELECT state, attempt_count - budget_from FROM hookwright_delivery")
     if len(rows) != emitted * EVENTS:
         broken.append(f"{emitted} events were acknowledged, and there are {len(rows)} deliveries")
-    if any(state not in {"pending", "succeeded"} or (state == "pending" and spent) for state, spent, _ in rows):
+    if any(state not in {"pending", "succeeded"} or (state == "pending" and spent) for state, spent in rows):
         broken.append(f"closing cost attempts: {rows}")
     return broken

@@ -195,15 +195,16 @@ class Storage(ABC):
 
     @abstractmethod
     async def claim(self, request: ClaimRequest) -> Claim:
-        """Lease rows that are due, under fresh tokens; `available_at` becomes the lease's end.
+        """Lease rows that are due, under fresh tokens. No other claim brings them until the lease has ended.
 
         A lane is open when it is due, not held, and has room. The room of a proven endpoint is what it earned: 2 after
         its first success, then doubled by each success up to its cap; the room of any other endpoint is 1.
         Open lanes are served in turn: one that was just served comes after those that waited. Within a lane, the row
-        that has been due longest comes first. The cost is bound by `limit` and `in_flight`, not by the backlog.
+        that has been due longest comes first; one that is taken over has been since its lease ended, or since it was
+        stored when `acquire` freed it. The cost is bound by `limit` and `in_flight`, not by the backlog.
 
-        A row whose token is not NULL is taken over from a process that died: an `interrupted` attempt is written,
-        `interruptions` counts it, and the lease says `taken_over`.
+        A row whose lease has ended without a result is taken over from a process that died: an `interrupted` attempt
+        is written, `interruptions` counts it, and the lease says `taken_over`. Users see the row's time as it was.
 
         `next_due` is the earliest time after now at which a lane becomes open to a worker that holds nothing; lanes
         that are due already but found no room are not in it: they open when something settles.
@@ -224,7 +225,7 @@ class Storage(ABC):
 
     @abstractmethod
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
-        """Give leases back: available as scheduled, no token. With `sent`, an `interrupted` attempt that costs nothing
+        """Give leases back: rows are available as before. With `sent`, an `interrupted` attempt that costs nothing
         is recorded for each, since a request may have left. `hold` (microseconds from now) closes their lanes until
         then; `set_endpoint_state` ends a hold early. Stale tokens change nothing.
         """

@@ -458,6 +458,25 @@ class MonitoringContract(ContractBase):
             world.pass_time(2 * SECOND)
             assert tuple(await world.storage.backlog()) == (3, 0, retry_at)
 
+    async def test_what_is_leased_is_not_the_oldest_that_waits_even_when_its_process_died(self) -> None:
+        async with self.opened() as world:
+            endpoint = await world.endpoint()
+            await world.emit(endpoint)
+            world.pass_time(SECOND)
+            oldest = world.clock.now()
+            await world.emit(endpoint)
+            first = await world.claim_one()
+            assert tuple(await world.storage.backlog()) == (2, 1, oldest)
+            await world.settle(first, PENDING, retry_in=SECOND)
+            await world.settle(await world.claim_one())
+            oldest = world.clock.now() + 2 * SECOND
+            await world.emit(endpoint, available_at=oldest)
+            world.pass_time(3 * SECOND)
+            assert (await world.claim_one(limit=1)).delivery_id == first.delivery_id
+            assert tuple(await world.storage.backlog()) == (2, 1, oldest)
+            await self.restart(world)
+            assert tuple(await world.storage.backlog()) == (2, 1, oldest)
+
     async def test_stats_are_of_one_endpoint_and_since_then(self) -> None:
         async with self.opened() as world:
             one, other = await world.endpoint(), await world.endpoint()

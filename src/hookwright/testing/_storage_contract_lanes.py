@@ -147,6 +147,20 @@ class RoomContract(ContractBase):
             assert [lease.due_at - now for lease in leases] == [0, SECOND, 2 * SECOND, 3 * SECOND]
             assert await world.state(future) is DeliveryState.PENDING
 
+    async def test_rows_whose_leases_have_ended_come_in_the_order_in_which_they_ended_and_no_earlier(self) -> None:
+        async with self.opened() as world:
+            endpoint = await world.endpoint()
+            await world.prove(endpoint, 3)
+            rows = await world.emit(endpoint, endpoint, endpoint)
+            ends = [(await world.claim_one(limit=1, lease=seconds * SECOND)).until for seconds in (30, 10, 20)]
+            (fresh,) = await world.emit(endpoint)
+            world.clock.time = ends[1] - SECOND
+            assert (await world.claim_one()).delivery_id == fresh
+            world.clock.time = ends[0]
+            taken_over = [await world.claim_one(limit=1) for _ in rows]
+            assert [lease.delivery_id for lease in taken_over] == [rows[1], rows[2], rows[0]]
+            assert all(lease.taken_over for lease in taken_over)
+
     async def test_an_immediate_delivery_is_due_though_the_clock_was_set_back(self) -> None:
         async with self.opened() as world:
             await world.emit(await world.endpoint())

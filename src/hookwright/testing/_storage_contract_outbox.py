@@ -204,12 +204,14 @@ class SettleContract(ContractBase):
     async def test_without_an_attempt_nothing_is_counted(self) -> None:
         async with self.opened() as world:
             await world.emit(await world.endpoint())
+            await world.settle(await world.claim_one(), PENDING)
             lease = await world.claim_one()
             settled = await world.settle(lease, FAILED, attempt=None, counts=False)
             assert settled.held
             delivery = await world.storage.get_delivery(lease.delivery_id)
-            assert (delivery.state, delivery.attempt_count) == (FAILED, 0)
-            assert await world.storage.attempts(lease.delivery_id) == []
+            assert (delivery.state, delivery.attempt_count) == (FAILED, 1)
+            assert (delivery.last_status, delivery.last_error) == (503, "http_status")
+            assert len(await world.storage.attempts(lease.delivery_id)) == 1
 
     async def test_health_counts_failures_until_a_success_and_only_what_counts(self) -> None:
         async with self.opened() as world:

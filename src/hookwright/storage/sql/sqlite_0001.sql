@@ -46,16 +46,14 @@ WHERE idempotency_key IS NOT NULL;
 
 CREATE INDEX hookwright_event_created ON hookwright_event (created_at);
 
--- available_at is the queue's column only: 0 is at once, a lease moves it to its own end, so a crash heals by itself.
--- scheduled_at is what users see; NULL once the delivery has ended. token NULL: not leased.
+-- available_at: since when it may be sent; 0 is at once. All that are pending have one, and none that has ended. A lease
+-- leaves it as it is.
 CREATE TABLE hookwright_delivery (
     id TEXT PRIMARY KEY,
     event_id TEXT NOT NULL,
     endpoint_id TEXT NOT NULL,
     state TEXT NOT NULL,
-    available_at INTEGER NOT NULL,
-    scheduled_at INTEGER,
-    token TEXT,
+    available_at INTEGER,
     attempt_count INTEGER NOT NULL DEFAULT 0,
     interruptions INTEGER NOT NULL DEFAULT 0,
     budget_from INTEGER NOT NULL DEFAULT 0,
@@ -66,11 +64,9 @@ CREATE TABLE hookwright_delivery (
     last_error TEXT
 ) WITHOUT ROWID;
 
+-- Not WHERE state = 'pending': SQLite would look that up in the row, for each entry that it walks past.
 CREATE INDEX hookwright_delivery_queue ON hookwright_delivery (endpoint_id, available_at, id)
-WHERE state = 'pending';
-
-CREATE INDEX hookwright_delivery_leased ON hookwright_delivery (endpoint_id)
-WHERE token IS NOT NULL;
+WHERE available_at IS NOT NULL;
 
 CREATE INDEX hookwright_delivery_event ON hookwright_delivery (event_id);
 
@@ -82,6 +78,17 @@ WHERE state <> 'pending' AND state <> 'succeeded';
 
 CREATE INDEX hookwright_delivery_endpoint_unsuccessful ON hookwright_delivery (endpoint_id, state, id)
 WHERE state <> 'pending' AND state <> 'succeeded';
+
+-- Only pending deliveries have one. until: when it may be taken over, so a crash heals by itself; 0: at once.
+-- attempt_count: how many attempts the delivery had before this one.
+CREATE TABLE hookwright_lease (
+    endpoint_id TEXT NOT NULL,
+    delivery_id TEXT NOT NULL,
+    token TEXT NOT NULL,
+    until INTEGER NOT NULL,
+    attempt_count INTEGER NOT NULL,
+    PRIMARY KEY (endpoint_id, delivery_id)
+) WITHOUT ROWID;
 
 CREATE TABLE hookwright_attempt (
     delivery_id TEXT NOT NULL,

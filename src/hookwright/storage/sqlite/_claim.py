@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, deque
 from operator import itemgetter
@@ -12,7 +13,7 @@ from hookwright._ids import new_token
 from hookwright._models import Claim, Lease
 from hookwright.storage._base import FREE_INTERRUPTIONS, allowed, opens_at
 from hookwright.storage.sqlite._bulk import at_once, rows_at_once
-from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END
+from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END, UNLEASED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,25 +42,37 @@ _LANES = at_once(
 
 
 # Two walks along the queue's index, which no sorting interrupts, for all lanes with one statement: rows for now, and
-# rows by time. What is asked for is only looked up when it is chosen.
+# rows by time. They pass by what is leased; leases that have ended are a list of their own. What is asked for is only
+# looked up when it is chosen. No id of ours has a comma.
 def _ids(condition: str, order: str) -> str:
     return f"""(
-    SELECT json_group_array(id) FROM (
-        SELECT id FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
-        WHERE endpoint_id = lane.value AND state = 'pending' AND {condition} ORDER BY {order} LIMIT :limit
+    SELECT group_concat(id) FROM (
+        SELECT d.id FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+        WHERE d.endpoint_id = lane.value AND {condition} AND {UNLEASED} ORDER BY {order} LIMIT :limit
     )
 )"""
 
 
 _DUE = f"""
-SELECT json_group_array(json_array(lane.value, json({_ids("available_at = 0", "id")}),
-    json({_ids("available_at > 0 AND available_at <= :now", "available_at, id")})))
+SELECT json_group_array(json_array(lane.value, {_ids("d.available_at = 0", "d.id")},
+    {_ids("d.available_at > 0 AND d.available_at <= :now", "d.available_at, d.id")}, (
+    SELECT group_concat(delivery_id) FROM (
+        SELECT delivery_id FROM hookwright_lease WHERE endpoint_id = lane.value AND until <= :now
+        ORDER BY until, delivery_id LIMIT :limit
+    )
+)))
 FROM json_each(:lanes) AS lane
 """
 
+_BY_WAITING = """
+SELECT d.id FROM json_each(?) AS due CROSS JOIN hookwright_delivery AS d ON d.id = due.value
+LEFT JOIN hookwright_lease AS l ON l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id
+ORDER BY coalesce(nullif(coalesce(l.until, d.available_at), 0), d.created_at), d.id
+"""
+
 _ROWS = """
-SELECT d.endpoint_id, d.id, d.event_id, d.token, d.attempt_count, d.interruptions, d.budget_from, d.created_at,
-       d.scheduled_at, e.type, e.data, e.tenant, e.occurred_at, d.renewed_at
+SELECT d.endpoint_id, d.id, d.event_id, d.attempt_count, d.interruptions, d.budget_from, d.created_at, d.available_at,
+       e.type, e.data, e.tenant, e.occurred_at, d.renewed_at
 FROM json_each(?) AS chosen
 CROSS JOIN hookwright_delivery AS d ON d.id = chosen.value
 CROSS JOIN hookwright_event AS e ON e.id = d.event_id
@@ -102,6 +115,7 @@ class _Claiming:
         self._unproven_left = request.unproven_limit
         self._further_left = request.further_limit
         self._taken: Counter[str] = Counter()
+        self._ended: set[str] = set()
         self.leases: list[Lease] = []
 
     def serve(self, lanes: Sequence[_Ready]) -> bool:
@@ -173,18 +187,18 @@ class _Claiming:
 
     def _first_due(self, endpoints: list[str], limit: int) -> dict[str, list[str]]:
         wanted = {"lanes": json.dumps(endpoints), "now": self._now, "limit": limit}
-        return {
-            endpoint_id: self._by_waiting(for_now + by_time)[:limit] if for_now and by_time else for_now or by_time
-            for endpoint_id, for_now, by_time in rows_at_once(self._database, _DUE, wanted)
-        }
+        due: dict[str, list[str]] = {}
+        for endpoint_id, for_now, by_time, ended in rows_at_once(self._database, _DUE, wanted):
+            lists = [ids.split(",") for ids in (for_now, by_time, ended) if ids]
+            if ended:
+                self._ended.update(lists[-1])
+            ids = list(itertools.chain(*lists))
+            due[endpoint_id] = self._by_waiting(ids) if len(lists) > 1 else ids
+        return due
 
     def _by_waiting(self, ids: list[str]) -> list[str]:
-        """Return rows for now and rows by time in one line."""
-        since = (
-            "SELECT id FROM hookwright_delivery WHERE id IN (SELECT value FROM json_each(?))"
-            " ORDER BY iif(available_at, available_at, created_at), id"
-        )
-        return [row[0] for row in self._database.execute(since, (json.dumps(ids),)).fetchall()]
+        """Return rows for now, rows by time and rows whose lease has ended in one line."""
+        return [row[0] for row in self._database.execute(_BY_WAITING, (json.dumps(ids),)).fetchall()]
 
     def _lease(self, served: Sequence[tuple[_Ready, list[str]]]) -> None:
         """Lease rows, each under a fresh token."""
@@ -195,7 +209,7 @@ class _Claiming:
         proven = {lane.endpoint_id: lane.earned > 0 for lane, _ in served}
         until, token = self._now + self._request.lease, new_token()
         self.leases.extend(
-            _lease_of(self._database, row, f"{token}{places[row[1]]}", until, proven=proven[row[0]], now=self._now)
+            self._lease_of(row, f"{token}{places[row[1]]}", until, proven=proven[row[0]])
             for row in map(_Row, self._database.execute(_ROWS, (chosen,)).fetchall())
         )
         self._database.execute(_LEASE, {"leased": chosen, "token": token, "until": until})
@@ -203,6 +217,38 @@ class _Claiming:
             if lane.rate_interval is not None:
                 _wait_for_rate(self._database, lane, len(ids), self._now)
         _move_on(self._database, list(proven), self._now)
+
+    def _lease_of(self, row: _Row, token: str, until: int, *, proven: bool) -> Lease:
+        endpoint_id, delivery_id, event_id, attempts, interruptions, budget_from, created_at = row[:7]
+        available_at, event_type, data, tenant, occurred_at, renewed_at = row[7:]
+        taken_over = delivery_id in self._ended
+        if taken_over:
+            attempts, interruptions = attempts + 1, interruptions + 1
+            record_interruption(self._database, delivery_id, attempts, self._now)
+            self._database.execute(
+                "UPDATE hookwright_delivery SET attempt_count = ?, interruptions = ?, last_error = 'interrupted',"
+                " last_status = NULL WHERE id = ?",
+                (attempts, interruptions, delivery_id),
+            )
+        return Lease(
+            delivery_id,
+            token,
+            until,
+            endpoint_id,
+            event_id,
+            event_type,
+            data,
+            tenant,
+            occurred_at,
+            created_at,
+            renewed_at or created_at,
+            due_at=available_at or renewed_at or created_at,
+            number=attempts + 1,
+            spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
+            interruptions=interruptions,
+            taken_over=taken_over,
+            proven=proven,
+        )
 
 
 def _room(lane: _Ready, request: ClaimRequest) -> int:
@@ -238,51 +284,26 @@ class _Row(tuple[Any, ...]):
         return f"_Row({self[0]!r})"
 
 
-def _lease_of(database: Database, row: _Row, token: str, until: int, *, proven: bool, now: int) -> Lease:
-    endpoint_id, delivery_id, event_id, old_token, attempts, interruptions, budget_from = row[:7]
-    if old_token is not None:
-        attempts, interruptions = attempts + 1, interruptions + 1
-        record_interruption(database, delivery_id, attempts, now)
-        database.execute(
-            "UPDATE hookwright_delivery SET attempt_count = ?, interruptions = ?, last_error = 'interrupted',"
-            " last_status = NULL WHERE id = ?",
-            (attempts, interruptions, delivery_id),
-        )
-    created_at, scheduled_at, event_type, data, tenant, occurred_at, renewed_at = row[7:]
-    return Lease(
-        delivery_id,
-        token,
-        until,
-        endpoint_id,
-        event_id,
-        event_type,
-        data,
-        tenant,
-        occurred_at,
-        created_at,
-        renewed_at or created_at,
-        due_at=scheduled_at or renewed_at or created_at,
-        number=attempts + 1,
-        spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
-        interruptions=interruptions,
-        taken_over=old_token is not None,
-        proven=proven,
-    )
-
-
 # A hold that is over goes: it would be the lane's place in the queue for ever, before all who take turns.
 _MOVE_ON = f"""
 UPDATE hookwright_lane SET hold_until = CASE WHEN hold_until > ?2 THEN hold_until ELSE 0 END, due_at = (
-    SELECT CASE WHEN first IS NULL THEN {FOREVER} WHEN first > ?2 THEN first ELSE ?3 END FROM (
-        SELECT min(available_at) AS first FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
-        WHERE endpoint_id = hookwright_lane.endpoint_id AND state = 'pending'
+    SELECT CASE WHEN first > ?2 THEN first ELSE ?3 END FROM (
+        SELECT min(coalesce((
+            SELECT d.available_at FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+            WHERE d.endpoint_id = hookwright_lane.endpoint_id AND d.available_at IS NOT NULL AND {UNLEASED}
+            ORDER BY d.available_at LIMIT 1
+        ), {FOREVER}), coalesce((
+            SELECT min(until) FROM hookwright_lease WHERE endpoint_id = hookwright_lane.endpoint_id
+        ), {FOREVER})) AS first
     )
 ) WHERE endpoint_id IN (SELECT value FROM json_each(?1))
 """
 
+# What is taken over has a row already.
 _LEASE = """
-UPDATE hookwright_delivery SET token = :token || leased.key, available_at = :until FROM json_each(:leased) AS leased
-WHERE hookwright_delivery.id = leased.value
+INSERT OR REPLACE INTO hookwright_lease (endpoint_id, delivery_id, token, until, attempt_count)
+SELECT d.endpoint_id, d.id, :token || leased.key, :until, d.attempt_count FROM json_each(:leased) AS leased
+CROSS JOIN hookwright_delivery AS d ON d.id = leased.value
 """
 
 

@@ -89,9 +89,7 @@ def _duplicate(database: Database, event: EventRow) -> Receipt | None:
     return Receipt(found[0], found[2], duplicate=True)
 
 
-_DELIVERY = (
-    "hookwright_delivery (id, event_id, endpoint_id, state, available_at, scheduled_at, created_at, finished_at)"
-)
+_DELIVERY = "hookwright_delivery (id, event_id, endpoint_id, state, available_at, created_at, finished_at)"
 
 
 def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
@@ -117,7 +115,6 @@ def _count(emitted: Emitted) -> int:
 
 
 def _delivery_row(event_id: str, delivery: NewDelivery, now: int) -> tuple[Any, ...]:
-    at = delivery.available_at
     if delivery.skipped:
-        return (delivery.id, event_id, delivery.endpoint_id, "skipped", 0, None, now, now)
-    return (delivery.id, event_id, delivery.endpoint_id, "pending", at, at, now, None)
+        return (delivery.id, event_id, delivery.endpoint_id, "skipped", None, now, now)
+    return (delivery.id, event_id, delivery.endpoint_id, "pending", delivery.available_at, now, None)

@@ -10,13 +10,14 @@ from hookwright._errors import NotFound
 from hookwright._models import Attempt, AttemptRecord, Delivery, DeliveryState, Event, Page, to_attempt
 from hookwright.storage._base import BACKLOG_COUNTED, STATS_ROWS, SWEEP_ROWS, Backlog
 from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage.sqlite._lanes import UNLEASED
 
 if TYPE_CHECKING:
     from hookwright.storage._base import DeliveryFilter
     from hookwright.storage.sqlite._owner import Database
 
 _DELIVERY = (
-    "SELECT d.id, d.event_id, e.type, d.endpoint_id, d.state, d.attempt_count, d.created_at, d.scheduled_at,"
+    "SELECT d.id, d.event_id, e.type, d.endpoint_id, d.state, d.attempt_count, d.created_at, d.available_at,"
     " d.finished_at, d.last_status, d.last_error, coalesce(d.renewed_at, d.created_at)"
     " FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id"
 )
@@ -147,6 +148,7 @@ def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
         # Written out, and the index's own condition with it: the planner proves nothing, it compares texts.
         wanted = ", ".join(f"'{state.value}'" for state in where.states)
         indexed = f" AND {UNSUCCESSFUL}" if set(where.states) <= _UNSUCCESSFUL else ""
+        indexed = " AND d.available_at IS NOT NULL" if where.states == (DeliveryState.PENDING,) else indexed
         one = f"= {wanted}" if len(where.states) == 1 else f"IN ({wanted})"
         parts[f"d.state {one}{indexed} AND 1 = ?"] = 1
     used = {part: value for part, value in parts.items() if value is not None}
@@ -165,15 +167,14 @@ def stats(database: Database, endpoint_id: str, since: int) -> list[tuple[int, b
 
 
 # Of each lane that is open now, the first row for now and the first by time: two steps in the queue's index.
-_OLDEST = """
+_OLDEST = f"""
 SELECT min((
     SELECT coalesce(d.renewed_at, d.created_at) FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at = 0
+    WHERE d.endpoint_id = l.endpoint_id AND d.available_at = 0 AND {UNLEASED}
     ORDER BY d.id LIMIT 1
 )), min((
     SELECT d.available_at FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
-    WHERE d.endpoint_id = l.endpoint_id AND d.state = 'pending' AND d.available_at > 0 AND d.available_at <= ?1
-    AND d.token IS NULL
+    WHERE d.endpoint_id = l.endpoint_id AND d.available_at > 0 AND d.available_at <= ?1 AND {UNLEASED}
     ORDER BY d.available_at LIMIT 1
 )) FROM hookwright_lane AS l WHERE max(l.due_at, l.hold_until, l.rate_until) <= ?1
 """
@@ -181,11 +182,10 @@ SELECT min((
 
 def backlog(database: Database, now: int) -> Backlog:
     """See `Storage.backlog`."""
-    counted = "SELECT count(*) FROM (SELECT 1 FROM hookwright_delivery INDEXED BY {} WHERE {} LIMIT {})"
-    pending_rows = counted.format("hookwright_delivery_queue", "state = 'pending'", BACKLOG_COUNTED)
-    leased_rows = counted.format("hookwright_delivery_leased", "token IS NOT NULL", BACKLOG_COUNTED)
-    pending = database.execute(pending_rows).fetchone()[0]
-    leased = database.execute(leased_rows).fetchone()[0]
+    counted = f"SELECT count(*) FROM (SELECT 1 FROM {{}} LIMIT {BACKLOG_COUNTED})"
+    waiting = "hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE available_at IS NOT NULL"
+    pending = database.execute(counted.format(waiting)).fetchone()[0]
+    leased = database.execute(counted.format("hookwright_lease")).fetchone()[0]
     oldest = database.execute(_OLDEST, (now,)).fetchone()
     return Backlog(pending, leased, min((time for time in oldest if time is not None), default=None))
 

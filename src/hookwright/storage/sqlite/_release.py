@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hookwright._clock import FOREVER, SECOND
 from hookwright.storage._base import HOLD_MOST, SWEEP_ROWS, UNTRIED_MOST
 from hookwright.storage.sqlite._claim import record_interruption
-from hookwright.storage.sqlite._lanes import TURN_BITS, TURNS_END, make_due
+from hookwright.storage.sqlite._lanes import TURN_BITS, TURNS_END, UNLEASED, make_due
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 def release(database: Database, leases: Sequence[Lease], *, sent: bool, hold: int, now: int) -> None:
     """See `Storage.release`."""
     for lease in leases:
-        row = database.execute(
-            "UPDATE hookwright_delivery SET available_at = scheduled_at, token = NULL,"
-            " attempt_count = attempt_count + ?3, budget_from = budget_from + ?3,"
-            " last_error = CASE ?3 WHEN 1 THEN 'interrupted' ELSE last_error END,"
-            " last_status = CASE ?3 WHEN 1 THEN NULL ELSE last_status END WHERE id = ?1 AND token = ?2"
-            " RETURNING attempt_count, available_at",
-            (lease.delivery_id, lease.token, int(sent)),
+        held = database.execute(
+            "DELETE FROM hookwright_lease WHERE endpoint_id = ? AND delivery_id = ? AND token = ? RETURNING 1",
+            (lease.endpoint_id, lease.delivery_id, lease.token),
         ).fetchall()
-        if row and sent:
-            record_interruption(database, lease.delivery_id, row[0][0], now)
-        if row:
-            make_due(database, [(lease.endpoint_id, row[0][1])], now)
-        if row and hold:
+        if not held:
+            continue
+        [(count, available_at)] = database.execute(
+            "SELECT attempt_count, available_at FROM hookwright_delivery WHERE id = ?", (lease.delivery_id,)
+        ).fetchall()
+        if sent:
+            record_interruption(database, lease.delivery_id, count + 1, now)
+            database.execute(
+                "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, budget_from = budget_from + 1,"
+                " last_error = 'interrupted', last_status = NULL WHERE id = ?",
+                (lease.delivery_id,),
+            )
+        make_due(database, [(lease.endpoint_id, available_at)], now)
+        if hold:
             database.execute(
                 "UPDATE hookwright_lane SET hold_until = max(hold_until, ?) WHERE endpoint_id = ?",
                 (now + hold, lease.endpoint_id),
@@ -43,10 +48,8 @@ def free_leases(database: Database, now: int) -> None:
 
     The wall clock may have been set back since the last one: no turn, hold or limit reaches further than it could now.
     """
-    endpoints = database.execute(
-        "SELECT DISTINCT endpoint_id FROM hookwright_delivery WHERE token IS NOT NULL"
-    ).fetchall()
-    database.execute("UPDATE hookwright_delivery SET available_at = 0 WHERE token IS NOT NULL")
+    endpoints = database.execute("SELECT DISTINCT endpoint_id FROM hookwright_lease").fetchall()
+    database.execute("UPDATE hookwright_lease SET until = 0")
     make_due(database, [(row[0], 0) for row in endpoints], now)
     # Those whose last attempt succeeded: else all would share the half of the slots that is left for whoever hangs.
     database.execute("UPDATE hookwright_lane SET earned = (last_success IS 1) WHERE earned <> (last_success IS 1)")
@@ -71,11 +74,11 @@ def free_leases(database: Database, now: int) -> None:
 
 
 # Not by the endpoint's own index: that holds what was swept before, and every batch would pass by it.
-_SWEEP = """
-UPDATE hookwright_delivery SET state = ?, token = NULL, available_at = 0, scheduled_at = NULL, finished_at = ?
+_SWEEP = f"""
+UPDATE hookwright_delivery SET state = ?, available_at = NULL, finished_at = ?
 WHERE id IN (
-    SELECT id FROM hookwright_delivery INDEXED BY hookwright_delivery_queue
-    WHERE endpoint_id = ? AND state = 'pending' AND (token IS NULL OR available_at <= ?) LIMIT ?
+    SELECT d.id FROM hookwright_delivery AS d INDEXED BY hookwright_delivery_queue
+    WHERE d.endpoint_id = ? AND d.available_at IS NOT NULL AND {UNLEASED} LIMIT ?
 )
 """
 
@@ -87,10 +90,7 @@ def sweep(database: Database, now: int) -> bool:
         "SELECT endpoint_id, sweep FROM hookwright_lane WHERE sweep IS NOT NULL"
     ).fetchall():
         _interrupt_leased(database, endpoint_id, now)
-        left -= database.execute(
-            _SWEEP,
-            (state, now, endpoint_id, now, left),
-        ).rowcount
+        left -= database.execute(_SWEEP, (state, now, endpoint_id, left)).rowcount
         if left <= 0:
             return True
         _forget_swept(database, endpoint_id, state)
@@ -100,19 +100,22 @@ def sweep(database: Database, now: int) -> bool:
 def _interrupt_leased(database: Database, endpoint_id: str, now: int) -> None:
     """Record that requests of a process that died may have left."""
     ended = database.execute(
-        "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, last_error = 'interrupted',"
-        " last_status = NULL, token = NULL WHERE endpoint_id = ? AND token IS NOT NULL AND available_at <= ?"
-        " RETURNING id, attempt_count",
+        "DELETE FROM hookwright_lease WHERE endpoint_id = ? AND until <= ? RETURNING delivery_id, attempt_count + 1",
         (endpoint_id, now),
     ).fetchall()
     for delivery_id, number in ended:
         record_interruption(database, delivery_id, number, now)
+        database.execute(
+            "UPDATE hookwright_delivery SET attempt_count = ?, last_error = 'interrupted', last_status = NULL"
+            " WHERE id = ?",
+            (number, delivery_id),
+        )
 
 
 def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:
     waiting = database.execute(
         "SELECT 1 FROM hookwright_delivery INDEXED BY hookwright_delivery_queue WHERE endpoint_id = ?"
-        " AND state = 'pending' LIMIT 1",
+        " AND available_at IS NOT NULL LIMIT 1",
         (endpoint_id,),
     ).fetchone()
     if waiting is None and state == "cancelled":

@@ -11,7 +11,7 @@ from hookwright.storage._base import FREE_INTERRUPTIONS
 from hookwright.storage.sqlite._bulk import insert_rows
 from hookwright.storage.sqlite._claim import record_interruption
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
-from hookwright.storage.sqlite._lanes import make_due, revision
+from hookwright.storage.sqlite._lanes import UNLEASED, end_leases, make_due, revision
 from hookwright.storage.sqlite._settle import attempt_row
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def requeue(database: Database, delivery_ids: Sequence[str], states: Collection[
         "SELECT d.id, d.endpoint_id FROM hookwright_delivery AS d JOIN hookwright_event AS e ON e.id = d.event_id"
         " JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id"
         " WHERE d.id IN (SELECT value FROM json_each(?)) AND d.state IN (SELECT value FROM json_each(?))"
-        " AND d.token IS NULL AND p.deleted = 0 AND p.state <> 'disabled' AND e.expunged_at IS NULL"
-        f" AND e.type <> '{TEST_TYPE}'",
+        " AND p.deleted = 0 AND p.state <> 'disabled' AND e.expunged_at IS NULL"
+        f" AND e.type <> '{TEST_TYPE}' AND {UNLEASED}",
         (json.dumps(list(delivery_ids)), json.dumps([state.value for state in states])),
     ).fetchall()
     database.executemany(
         # The budget starts anew; the free interruptions that were used stay used, and are not counted against it.
-        "UPDATE hookwright_delivery SET state = 'pending', available_at = 0, scheduled_at = 0, finished_at = NULL,"
+        "UPDATE hookwright_delivery SET state = 'pending', available_at = 0, finished_at = NULL,"
         f" renewed_at = ?, budget_from = attempt_count - min(interruptions, {FREE_INTERRUPTIONS}) WHERE id = ?",
         [(now, delivery_id) for delivery_id, _ in rows],
     )
@@ -44,19 +44,23 @@ def requeue(database: Database, delivery_ids: Sequence[str], states: Collection[
 def cancel(database: Database, delivery_ids: Sequence[str], now: int) -> list[str]:
     """See `Storage.cancel`."""
     rows = database.execute(
-        "SELECT id, token, attempt_count FROM hookwright_delivery WHERE state = 'pending'"
-        " AND id IN (SELECT value FROM json_each(?))",
+        "SELECT d.id, d.endpoint_id, l.attempt_count FROM hookwright_delivery AS d LEFT JOIN hookwright_lease AS l"
+        " ON l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id"
+        " WHERE d.state = 'pending' AND d.id IN (SELECT value FROM json_each(?))",
         (json.dumps(list(delivery_ids)),),
     ).fetchall()
-    for delivery_id, token, attempt_count in rows:
-        if token is not None:
-            record_interruption(database, delivery_id, attempt_count + 1, now)
+    leased = [row for row in rows if row[2] is not None]
+    end_leases(database, {delivery_id: endpoint_id for delivery_id, endpoint_id, _ in leased})
+    for delivery_id, _, attempt_count in leased:
+        record_interruption(database, delivery_id, attempt_count + 1, now)
     database.executemany(
-        "UPDATE hookwright_delivery SET state = 'cancelled', token = NULL, available_at = 0, scheduled_at = NULL,"
-        " finished_at = ?1, attempt_count = attempt_count + ?2,"
-        " last_error = CASE ?2 WHEN 1 THEN 'interrupted' ELSE last_error END,"
-        " last_status = CASE ?2 WHEN 1 THEN NULL ELSE last_status END WHERE id = ?3",
-        [(now, int(token is not None), delivery_id) for delivery_id, token, _ in rows],
+        "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, last_error = 'interrupted',"
+        " last_status = NULL WHERE id = ?",
+        [(delivery_id,) for delivery_id, _, _ in leased],
+    )
+    database.executemany(
+        "UPDATE hookwright_delivery SET state = 'cancelled', available_at = NULL, finished_at = ? WHERE id = ?",
+        [(now, delivery_id) for delivery_id, _, _ in rows],
     )
     return [row[0] for row in rows]
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._health import Change, came_true, cool_down
 from hookwright._models import DeliveryState, Settled
-from hookwright.storage.sqlite._bulk import at_once, insert_rows, rows_at_once, update_alike
+from hookwright.storage.sqlite._bulk import at_once, insert_rows, update_alike
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
-from hookwright.storage.sqlite._lanes import make_due, revision
+from hookwright.storage.sqlite._lanes import end_leases, make_due, revision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ def settle(
 ) -> list[list[Settled]]:
     """Answer each as `Storage.settle` says."""
     everything = [outcome for outcomes, _ in waiting for outcome in outcomes]
-    rows, lanes = _Rows(database, everything), _Lanes(database, everything)
+    rows, lanes = _read(database, everything)
     answers = [[_settle_one(database, o, rows, lanes, policy, now) for o in outcomes] for outcomes, policy in waiting]
     rows.write(database)
     lanes.write(database)
@@ -46,49 +46,64 @@ def _settle_one(
     return settled if outcome.state.final else settled._replace(next_attempt_at=now + outcome.retry_in)
 
 
-_LEASED = at_once(
-    "id, token, attempt_count, last_status, last_error",
-    "SELECT * FROM hookwright_delivery WHERE token IS NOT NULL AND id IN (SELECT value FROM json_each(?))",
+_LEASES = at_once(
+    "delivery_id, token, attempt_count",
+    "SELECT l.* FROM json_each(?1) AS held CROSS JOIN hookwright_lease AS l"
+    " ON l.endpoint_id = held.value AND l.delivery_id = held.key",
+)
+_LANES = at_once(
+    "endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep",
+    "SELECT * FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?1))",
 )
 
 
-class _Rows:
-    """The deliveries that the outcomes are about: read once, written once."""
+def _read(database: Database, outcomes: Sequence[Outcome]) -> tuple[_Rows, _Lanes]:
+    """Read with one statement what outcomes are compared with, and what they change."""
+    held = json.dumps({outcome.delivery_id: outcome.endpoint_id for outcome in outcomes})
+    leases, lanes = database.execute(f"SELECT ({_LEASES}), ({_LANES})", (held,)).fetchone()
+    return _Rows(json.loads(leases)), _Lanes(json.loads(lanes))
 
-    def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
-        wanted = json.dumps([outcome.delivery_id for outcome in outcomes])
-        self._leased = {row[0]: row[1:] for row in rows_at_once(database, _LEASED, (wanted,))}
-        self._ended: list[tuple[tuple[Any, ...], str]] = []
+
+_ENDED = "UPDATE hookwright_delivery SET state = ?, available_at = ?, finished_at = ?"
+_OF_THESE = "WHERE id IN (SELECT value FROM json_each(?))"
+
+
+class _Rows:
+    """The deliveries that the outcomes are about: their leases were read at once, and they are written at once."""
+
+    def __init__(self, leases: Sequence[Sequence[Any]]) -> None:
+        self._leased = {row[0]: row[1:] for row in leases}
+        self._held: dict[str, str] = {}
+        self._tried: list[tuple[tuple[Any, ...], str]] = []
+        self._untried: list[tuple[tuple[Any, ...], str]] = []
         self._attempts: list[tuple[Any, ...]] = []
         self.retried: list[tuple[str, int]] = []
 
     def end(self, outcome: Outcome, now: int) -> bool:
         """Note the end of a lease; say whether it held. The fence: the token is compared, never the time."""
-        token, count, status, error = self._leased.get(outcome.delivery_id, (None, 0, None, None))
+        delivery_id, attempt, final = outcome.delivery_id, outcome.attempt, outcome.state.final
+        token, count = self._leased.get(delivery_id, (None, 0))
         if token != outcome.token:
             return False
-        del self._leased[outcome.delivery_id]  # it ends once
-        attempt, final = outcome.attempt, outcome.state.final
-        if attempt is not None:
-            count, status, error = count + 1, attempt.status, attempt.error
-            self._attempts.append(attempt_row(outcome.delivery_id, count, attempt))
+        del self._leased[delivery_id]  # it ends once
+        self._held[delivery_id] = outcome.endpoint_id
         retry_at = None if final else now + outcome.retry_in
         if retry_at is not None:
             self.retried.append((outcome.endpoint_id, retry_at))
-        finished_at = now if final else None
-        ended = (outcome.state.value, retry_at or 0, retry_at, finished_at, count, status, error)
-        self._ended.append((ended, outcome.delivery_id))
+        ended = (outcome.state.value, retry_at, now if final else None)
+        if attempt is None:
+            self._untried.append((ended, delivery_id))
+        else:
+            self._tried.append(((*ended, count + 1, attempt.status, attempt.error), delivery_id))
+            self._attempts.append(attempt_row(delivery_id, count + 1, attempt))
         return True
 
     def write(self, database: Database) -> None:
         """Write what ended: most deliveries alike, with success at their first attempt."""
-        update_alike(
-            database,
-            "UPDATE hookwright_delivery SET state = ?, available_at = ?, scheduled_at = ?, token = NULL,"
-            " finished_at = ?, attempt_count = ?, last_status = ?, last_error = ?"
-            " WHERE id IN (SELECT value FROM json_each(?))",
-            self._ended,
-        )
+        end_leases(database, self._held)
+        tried = f"{_ENDED}, attempt_count = ?, last_status = ?, last_error = ? {_OF_THESE}"
+        update_alike(database, tried, self._tried)
+        update_alike(database, f"{_ENDED} {_OF_THESE}", self._untried)
         insert_rows(database, "hookwright_attempt", self._attempts)
 
 
@@ -109,12 +124,6 @@ def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[
     )
 
 
-_LANES = at_once(
-    "endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep",
-    "SELECT * FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?))",
-)
-
-
 class _Lane:
     """What one endpoint's lane says about its health."""
 
@@ -133,11 +142,9 @@ class _Lane:
 
 
 class _Lanes:
-    """The lanes that the outcomes are about: read once, written once."""
+    """The lanes that the outcomes are about: read at once, written at once."""
 
-    def __init__(self, database: Database, outcomes: Sequence[Outcome]) -> None:
-        wanted = json.dumps(list({outcome.endpoint_id for outcome in outcomes}))
-        rows = rows_at_once(database, _LANES, (wanted,))
+    def __init__(self, rows: Sequence[Sequence[Any]]) -> None:
         self._lanes = {row[0]: _Lane(row) for row in rows}
         self._earned = {row[0]: row[2] for row in rows}
         self._touched: set[str] = set()
