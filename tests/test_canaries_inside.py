@@ -38,8 +38,8 @@ from hookwright import (
     StorageFull,
     ValidationFailed,
 )
-from hookwright._matching import CachedEndpoint
 from hookwright._models import EndpointRow, Lease
+from hookwright._prepare import Outline
 from hookwright.testing import FakeTransport, VirtualClock
 from tests import canaries
 from tests.canaries import ATTRIBUTE, DATA, GIVEN, HEADERS, IDEMPOTENCY, OLD, PATH, PATH_TOKEN, PAYLOAD, collecting
@@ -426,7 +426,7 @@ def _undone(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
         (Content, "log hookwright"),
         (Lease, "log hookwright"),
         (EndpointRow, "log hookwright"),
-        (CachedEndpoint, "log hookwright"),
+        (Outline, "log hookwright"),
     ],
 )
 async def test_a_value_that_shows_itself_is_noticed(kind: type, where: str, monkeypatch: pytest.MonkeyPatch) -> None:

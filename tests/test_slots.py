@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from hookwright import DeliveryState, Dispatcher, MemoryStorage, Profile, Request, Response, StorageBusy
+from hookwright import DeliveryState, Dispatcher, Failure, MemoryStorage, Profile, Request, Response, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL, until
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hookwright import Clock
     from hookwright._health import HealthPolicy
-    from hookwright._models import Claim, Outcome, Settled
+    from hookwright._models import Claim, Lease, Outcome, Settled
     from hookwright.storage._base import ClaimRequest
 
 
@@ -162,7 +162,7 @@ async def test_a_slot_is_taken_before_its_attempt_begins_even_where_tasks_begin_
 async def test_leases_that_were_not_begun_when_the_worker_was_cancelled_cost_nothing(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hookwright._worker._Pace.at_once", 1)
+    monkeypatch.setattr("hookwright._pace.Pace.at_once", 1)
 
     def first_ends_the_services(request: Request) -> int:
         for task in asyncio.all_tasks():
@@ -272,3 +272,23 @@ async def test_results_that_the_storage_cannot_take_together_are_written_one_by_
     storage = _Settling(refuse)
     assert await _answer_three_at_once(storage, VirtualClock()) == [DeliveryState.SUCCEEDED] * 3
     assert (refused, storage.written) == ([3, 1, 1], [1, 1, 1])
+
+
+class _NotGivenBack(MemoryStorage):
+    """Takes no lease back."""
+
+    async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
+        raise StorageBusy("locked")
+
+
+async def test_a_delivery_whose_lease_could_not_be_given_back_ends_with_its_endpoint_when_the_lease_does() -> None:
+    clock = VirtualClock()
+    transport = FakeTransport(Failure("local_error", "no descriptor is left"))
+    async with Dispatcher(_NotGivenBack(), transport=transport, clock=clock, keys=[]) as dispatcher:
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
+        receipt = await dispatcher.emit("video.ready")
+        await until(lambda: transport.requests and not dispatcher._worker.in_flight)
+        await dispatcher.endpoints.disable(endpoint.id)
+        await clock.advance(60)
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert delivery.state is DeliveryState.SKIPPED

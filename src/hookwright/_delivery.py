@@ -136,7 +136,10 @@ class Deliverer:
         self.lost_leases = 0
 
     async def attempt(self, lease: Lease) -> Attempted | None:
-        """Attempt the delivery and judge what came of it; None when the lease was given back unused."""
+        """Attempt the delivery and judge what came of it; None when the lease was given back unused.
+
+        Raises StorageError when it could not be given back: it ends by itself.
+        """
         prepared = self._prepare(lease)
         if not isinstance(prepared, Prepared):
             return await self._without_request(lease, prepared)
@@ -265,8 +268,9 @@ class Deliverer:
             await self._storage.release([lease], hold=round(hold * SECOND))
         except StorageClosed:
             raise
-        except StorageError as error:  # it ends by itself
+        except StorageError as error:
             _logger.warning("a lease could not be given back: %s", error)
+            raise
 
     # -- judge --------------------------------------------------------------------------------------------------
 

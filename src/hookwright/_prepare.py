@@ -36,6 +36,9 @@ class Outline(NamedTuple):
     connect_timeout: float
     dns_timeout: float
 
+    def __repr__(self) -> str:
+        return f"Outline({len(self.headers)} headers)"
+
 
 class Prepared(NamedTuple):
     """A request ready to leave, and what judging its outcome needs."""

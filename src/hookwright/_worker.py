@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -19,10 +18,11 @@ import anyio
 from hookwright._clock import SECOND
 from hookwright._errors import StorageClosed, StorageError, WaitTimeout
 from hookwright._observe import WorkerFailed
+from hookwright._pace import Pace
 from hookwright.storage._base import ClaimRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine
 
     from hookwright._clock import Clock, Timer
     from hookwright._conditions import Conditions
@@ -39,12 +39,6 @@ SLOW = 1 * SECOND
 
 CLAIM_MOST = 64
 """Leases that one claim asks for at most: it is a transaction that everybody else waits for."""
-
-TURN = 0.005
-"""Seconds that the beginnings of attempts may take in one turn of the loop."""
-
-_LEARNING = 0.3
-"""The weight of the latest measurement."""
 
 _LOOK_AGAIN = 1.0
 """Seconds after which the worker looks for an event that a claim may have overtaken."""
@@ -80,37 +74,6 @@ class _Slot:
         self.lease = lease
         self.started = started
         self.task: asyncio.Task[None] | None = None
-
-
-class _Pace:
-    """How many attempts are begun in one turn of the loop, so that the host's own callbacks wait for TURN at most.
-
-    How long the beginning of one takes depends on the transport and the size of the data: it is measured.
-    """
-
-    def __init__(self) -> None:
-        self._each = 0.0
-
-    @property
-    def at_once(self) -> int:
-        """How many may begin together."""
-        return CLAIM_MOST if self._each * CLAIM_MOST <= TURN else max(1, int(TURN / self._each))
-
-    @contextmanager
-    def measured(self, count: int) -> Iterator[None]:
-        """Measure the first steps of `count` tasks that are created meanwhile."""
-        loop, begun = asyncio.get_running_loop(), 0.0
-
-        def begin() -> None:
-            nonlocal begun
-            begun = loop.time()
-
-        def end() -> None:
-            self._each += ((loop.time() - begun) / count - self._each) * _LEARNING
-
-        loop.call_soon(begin)
-        yield
-        loop.call_soon(end)
 
 
 class _Pass(NamedTuple):
@@ -157,7 +120,7 @@ class Worker:
         self._settling: dict[str, _Slot] = {}
         self._writing: set[asyncio.Task[None]] = set()
         self._waiting: deque[Lease] = deque()
-        self._pace = _Pace()
+        self._pace = Pace(CLAIM_MOST)
         self._claims = 0
         self._claims_when_stored = 0
         self._looker: Timer | None = None
@@ -170,6 +133,7 @@ class Worker:
         self.lag = 0.0
         self._drainers: list[asyncio.Future[None]] = []
         self._sweeper: Timer | None = None
+        self._sweep_at = 0
 
     @property
     def in_flight(self) -> int:
@@ -320,6 +284,8 @@ class Worker:
                 self._on_stopped_endpoints()
         except StorageClosed:
             pass
+        except StorageError:  # it was not given back
+            self._sweep_later()
         except Exception as error:  # noqa: BLE001  # a defect of ours, which is told
             self._note_defect(slot, error)
         finally:
@@ -398,9 +364,16 @@ class Worker:
 
     def _sweep_later(self) -> None:
         """Look for rows of stopped endpoints when the leases have ended that nobody may be working on."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self._sweeper = self._clock.call_later(self._lease / SECOND, self._on_stopped_endpoints)
+        self._sweep_at = self._clock.now() + self._lease
+        if self._sweeper is None and not self._stopping:
+            self._sweeper = self._clock.call_later(self._lease / SECOND, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        self._on_stopped_endpoints()
+        left = self._sweep_at - self._clock.now()
+        if left > 0 and not self._stopping:
+            self._sweeper = self._clock.call_later(left / SECOND, self._sweep)
 
     def _free(self, slots: list[_Slot], *, again: bool) -> None:
         for slot in slots:
@@ -487,6 +460,7 @@ class Worker:
         try:
             await self._storage.release(leases, sent=sent)
         except Exception as error:  # noqa: BLE001  # they end by themselves
+            self._sweep_later()
             _logger.warning("%d leases could not be given back: %s", len(leases), error)
 
 
