@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hookwright import ALL_TENANTS, Dispatcher, EncryptionKey, SQLiteStorage
 from hookwright import _matching as matching
+from hookwright._clock import to_datetime
 from hookwright._matching import EndpointCache, SubscriptionIndex
 from hookwright._models import EndpointRow, EndpointState, Key
 from hookwright._snapshot import term
@@ -16,7 +18,8 @@ from hookwright._vault import Vault
 from hookwright.storage._base import Changes
 from hookwright.storage.memory import MemoryStorage
 from hookwright.storage.sqlite import _endpoints
-from hookwright.testing import FakeTransport
+from hookwright.testing import FakeTransport, VirtualClock
+from tests.conftest import until
 from tests.test_encryption import is_signed
 
 if TYPE_CHECKING:
@@ -249,3 +252,47 @@ async def test_many_changes_are_read_page_by_page_from_the_file(
             False,
         )
         assert (await dispatcher.emit("a")).delivery_count == 6
+
+
+class Slow(MemoryStorage):
+    """Reads what changed at once, and answers when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def changes(self, since_revision: int) -> Changes:
+        found = await super().changes(since_revision)
+        self.reading += 1
+        await self.may_answer.wait()
+        return found
+
+
+@pytest.mark.parametrize("way", ["claim", "test"])
+async def test_what_was_read_before_a_change_is_not_taken_for_it(way: str) -> None:
+    storage, transport, clock = Slow(), FakeTransport(), VirtualClock()
+    async with Dispatcher(storage, transport=transport, clock=clock, keys=[]) as dispatcher:
+        one = await dispatcher.endpoints.create(URL + "old", events=["video"])
+        other = await dispatcher.endpoints.create(URL, events=["export"])
+        await dispatcher.emit("video", deliver_at=to_datetime(clock.now()) + timedelta(seconds=10))
+        storage.may_answer.clear()
+        await dispatcher.endpoints.update(other.id, name="a change")
+        reading = storage.reading
+        emitting = asyncio.ensure_future(dispatcher.emit("nobody.wants.it"))  # which reads it
+        await until(lambda: storage.reading > reading)
+        await dispatcher.endpoints.update(one.id, url=URL + "new")
+        if way == "claim":
+            await clock.advance(10)
+            testing = None
+        else:
+            testing = asyncio.ensure_future(dispatcher.endpoints.test(one.id))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        storage.may_answer.set()
+        await emitting
+        if testing is not None:
+            await testing
+        await until(lambda: transport.requests)
+        assert transport.requests[0].url == URL + "new"

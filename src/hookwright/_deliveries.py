@@ -245,7 +245,7 @@ class Deliveries:
         """
         delivery = await self.get(delivery_id, tenant=tenant)
         event = await self._storage.get_event(delivery.event_id)
-        await self._cache.refresh(self._cache.revision)
+        await self._cache.refresh()
         endpoint = self._cache.get(delivery.endpoint_id)
         if event.expunged_at is not None or endpoint is None:
             raise ConflictError("there is no payload: " + await self._why_not(delivery))

@@ -404,7 +404,7 @@ class Dispatcher:
     async def _begin(self) -> None:
         await self._storage.open(self._clock)
         try:
-            await self._cache.refresh(self._cache.revision)
+            await self._cache.refresh()
             await self._services.start()
         except BaseException:
             await self._storage.close()

@@ -180,7 +180,7 @@ class Emitter:
     async def explain(self, new: NewEvent) -> Explanation:
         """See `Dispatcher.explain`."""
         event, terms = snapshot(new, catalogue=self._catalogue, clock=self._clock)
-        await self._cache.refresh(self._cache.revision)
+        await self._cache.refresh()
         matches: list[Match] = []
         mismatches: list[Mismatch] = []
         for number, endpoint_id in enumerate(self._cache.all()):

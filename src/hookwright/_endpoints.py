@@ -328,8 +328,7 @@ class Endpoints:
         """
         row = await self._row(endpoint_id, tenant)
         await self._storage.admit_test(endpoint_id, TEST_INTERVAL)
-        if row.revision > self._cache.revision:
-            await self._cache.refresh(self._cache.revision)
+        await self._cache.refresh(row.revision - 1)
         now = self._clock.now()
         event = EventRow(
             id=new_id("evt", now),

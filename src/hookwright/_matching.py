@@ -141,14 +141,15 @@ class EndpointCache:
         self._refreshing = asyncio.Lock()
         self.revision = -1
 
-    async def refresh(self, seen: int) -> bool:
+    async def refresh(self, seen: int | None = None) -> bool:
         """Read what changed, unless the cache is beyond revision `seen` already; say whether an endpoint stopped.
 
+        To see a change, `seen` must be the revision before it: another refresh may be under way that began earlier.
         Other tasks run meanwhile, and see some endpoints as they were and others as they are, under the old revision:
         what they matched so is refused by `enqueue` as stale.
         """
         async with self._refreshing:
-            if self.revision > seen:
+            if seen is not None and self.revision > seen:
                 return False
             stopped, revision, more = False, self.revision, True
             while more:

@@ -229,8 +229,8 @@ class Worker:
 
     async def _refresh_endpoints(self, claim: Claim) -> None:
         # The claim is the last judge: an endpoint that changed since the cache was read is read again first.
-        known = self._cache.revision
-        if claim.leases and claim.endpoints_revision > known and await self._cache.refresh(known):
+        revision = claim.endpoints_revision
+        if claim.leases and revision > self._cache.revision and await self._cache.refresh(revision - 1):
             self._on_stopped_endpoints()
 
     def _back_off(self, error: Exception) -> _Pass:
