@@ -5,15 +5,27 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from hookwright import DeliveryState, Dispatcher, Failure, MemoryStorage, Profile, Request, Response, StorageBusy
+import pytest
+
+from hookwright import (
+    DeliveryState,
+    DeliverySucceeded,
+    Dispatcher,
+    Failure,
+    LeaseLost,
+    MemoryStorage,
+    Profile,
+    Request,
+    Response,
+    StorageBusy,
+)
+from hookwright._pace import Pace
 from hookwright.storage._base import DEFAULT_HEALTH
 from hookwright.testing import FakeTransport, VirtualClock
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import pytest
 
     from hookwright import Clock
     from hookwright._health import HealthPolicy
@@ -285,10 +297,79 @@ async def test_a_delivery_whose_lease_could_not_be_given_back_ends_with_its_endp
     clock = VirtualClock()
     transport = FakeTransport(Failure("local_error", "no descriptor is left"))
     async with Dispatcher(_NotGivenBack(), transport=transport, clock=clock, keys=[]) as dispatcher:
-        endpoint = await dispatcher.endpoints.create(URL, events=["*"])
-        receipt = await dispatcher.emit("video.ready")
-        await until(lambda: transport.requests and not dispatcher._worker.in_flight)
+        endpoint = await dispatcher.endpoints.create(URL, events=["*"], concurrency=2)
+        receipts = []
+        for seconds in (30, 29):
+            receipts.append(await dispatcher.emit("video.ready"))
+            await until(lambda: len(transport.requests) == len(receipts) and not dispatcher._worker.in_flight)
+            await clock.advance(seconds)
         await dispatcher.endpoints.disable(endpoint.id)
-        await clock.advance(60)
-        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
-        assert delivery.state is DeliveryState.SKIPPED
+        for receipt, seconds in zip(receipts, (1, 30), strict=True):  # each lease ends when it is 60 s old
+            await clock.advance(seconds)
+            [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+            assert delivery.state is DeliveryState.SKIPPED
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_what_was_answered_before_a_shutdown_cancelled_it_is_written(turns: int, sqlite_url: str) -> None:
+    may_answer, answered = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: Request) -> int:
+        await may_answer.wait()
+        answered.set()
+        return 200
+
+    transport = FakeTransport(answer)
+    dispatcher = Dispatcher(sqlite_url, transport=transport, keys=[], shutdown_timeout=0)
+    await dispatcher.start()
+    await dispatcher.endpoints.create(URL, events=["*"])
+    await dispatcher.emit("video.ready")
+    await until(lambda: transport.requests)
+    closing = asyncio.ensure_future(dispatcher.aclose())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    may_answer.set()
+    await closing
+    assert dispatcher._worker.in_flight == 0
+    async with Dispatcher(sqlite_url, transport=transport, keys=[], deliver=False) as reading:
+        [row] = (await reading.deliveries.list()).items
+        state = DeliveryState.SUCCEEDED if answered.is_set() else DeliveryState.PENDING
+        assert (row.state, row.attempt_count) == (state, 1)
+
+
+async def test_what_cannot_be_told_of_one_result_keeps_nobody_from_hearing_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(microseconds: int) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr("hookwright._delivery.to_datetime", fails)  # of the time of a retry
+    transport = FakeTransport()
+    heard: list[object] = []
+    async with Dispatcher("memory:", transport=transport, keys=[], shutdown_timeout=1) as dispatcher:
+        dispatcher.observe(heard.append, DeliverySucceeded, LeaseLost)
+
+        async def fail(request: Request) -> int:
+            await transport.hang(request)
+            return 500
+
+        for number in "123":
+            await dispatcher.endpoints.create(f"{URL}/{number}", events=["*"])
+            transport.respond(f"{URL}/{number}", fail if number == "1" else transport.hang)
+        await dispatcher.emit("video.ready")
+        await until(lambda: len(transport.requests) == 3)
+        transport.release()
+        await until(lambda: not dispatcher._worker.in_flight)
+        await until(lambda: len(heard) == 2)
+    assert [type(observation) for observation in heard] == [DeliverySucceeded] * 2
+    assert [record.message for record in caplog.records if "could not be told" in record.message]
+
+
+async def test_the_pace_counts_attempts_that_a_loop_begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, now = Pace(64), 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        with pace.measured(10):
+            now += 0.1
+        await asyncio.sleep(0)
+    assert pace.at_once < 10

@@ -20,7 +20,7 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, timeout: float) -> asyncio.Task[object]:
-        """Watch the current task until `end`, and return it."""
+        """Watch the current task until `end`, which must be called whatever happens, and return it."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._ends[task] = loop.time() + timeout + OVERTIME
@@ -29,7 +29,7 @@ class Deadlines:
         return task
 
     def has_stopped(self, task: asyncio.Task[object]) -> bool:
-        """Whether it is we who cancelled a task, and nobody else did as well: that would count."""
+        """Whether it is we who cancelled a task, and nobody else did as well: that would count. Ask before `end`."""
         return task in self._expired and task.cancelling() <= 1
 
     def end(self, task: asyncio.Task[object]) -> None:

@@ -179,15 +179,14 @@ class Deliverer:
             given_up = self._poisoned(lease, outline.profile)
             if given_up is not None:
                 return given_up
+        if outline.total_timeout > self._longest:
+            return Unusable(f"its timeout of {outline.total_timeout:g} s does not fit the lease")
         prepared = self._preparer.render(lease, endpoint, outline)
         if isinstance(prepared, Unrenderable):
             record = _render_error(self._clock.now(), prepared)
             return self._ended_unsent(lease, DeliveryState.FAILED, record)
-        if isinstance(prepared, Prepared):
-            if outline.total_timeout > self._longest:
-                return Unusable(f"its timeout of {outline.total_timeout:g} s does not fit the lease")
-            if self._warned:
-                self._warned.pop(lease.endpoint_id, None)
+        if isinstance(prepared, Prepared) and self._warned:
+            self._warned.pop(lease.endpoint_id, None)
         return prepared
 
     def _poisoned(self, lease: Lease, profile: Profile) -> Outcome | None:
@@ -293,8 +292,6 @@ class Deliverer:
             throttled, hold = self._pause(sent.answer)
             if isinstance(verdict, Retry):
                 state, retry_in = DeliveryState.PENDING, verdict.delay
-        alerts = self._alerts(lease, state, record, gone=gone) if self._alert is not None else ()
-        counts = True
         return Outcome(
             lease.delivery_id,
             lease.token,
@@ -303,10 +300,9 @@ class Deliverer:
             record,
             retry_in,
             gone,
-            counts,
-            hold,
-            throttled,
-            alerts,
+            hold=hold,
+            throttled=throttled,
+            alerts=self._alerts(lease, state, record, gone=gone) if self._alert is not None else (),
         )
 
     def _pause(self, answer: Response | Failure) -> tuple[float, int]:
@@ -352,8 +348,11 @@ class Deliverer:
     async def settle(self, attempted: Sequence[Attempted]) -> list[Settled]:
         """Write what came of attempts, all or none, and tell of it. Raises what the storage raises."""
         answers = await self._storage.settle([each.outcome for each in attempted], self._health)
-        for each, settled in zip(attempted, answers, strict=True):
-            self._report(*each, settled)
+        for each, settled in list(zip(attempted, answers, strict=True)):
+            try:
+                self._report(*each, settled)
+            except Exception:  # it is written, and so are the others
+                _logger.exception("what came of delivery %s could not be told", each.lease.delivery_id)
         return answers
 
     async def settle_later(self, attempted: Attempted, error: StorageError) -> Settled:
@@ -456,9 +455,8 @@ def _record(prepared: Prepared, sent: Sent) -> AttemptRecord:
         sent.duration,
         answer.status,
         None if 200 <= answer.status < 300 else "http_status",  # 2xx is success
-        None,
-        headers,
-        body,
-        answer.truncated,
-        prepared.body_sha256,
+        response_headers=headers,
+        response_body=body,
+        response_truncated=answer.truncated,
+        body_sha256=prepared.body_sha256,
     )

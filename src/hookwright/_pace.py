@@ -34,15 +34,17 @@ class Pace:
     @contextmanager
     def measured(self, count: int) -> Iterator[None]:
         """Measure the first steps of `count` tasks that are created meanwhile."""
-        loop, begun = asyncio.get_running_loop(), 0.0
+        loop = asyncio.get_running_loop()
+        entered = begun = loop.time()
 
         def begin() -> None:
             nonlocal begun
             begun = loop.time()
 
         def end() -> None:
-            self._each += ((loop.time() - begun) / count - self._each) * _LEARNING
+            self._each += ((here + loop.time() - begun) / count - self._each) * _LEARNING
 
         loop.call_soon(begin)
         yield
+        here = loop.time() - entered  # a loop whose tasks begin at once ran them here
         loop.call_soon(end)

@@ -26,7 +26,7 @@ _logger = logging.getLogger("hookwright")
 
 
 class Outline(NamedTuple):
-    """What all requests to an endpoint have in common. `signer` is the only one, or None: there are several."""
+    """What all requests to an endpoint have in common. `signer` is None unless there is exactly one."""
 
     profile: Profile
     signer: Signer | None

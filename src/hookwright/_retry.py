@@ -28,6 +28,7 @@ RETRY_AFTER_CEILING = 86_400.0
 STANDARD_SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 """Seconds before each attempt after the previous one's end: the Standard Webhooks specification's example (75 h)."""
 
+_DELAY_MOST = 366 * 86_400.0
 _JITTER_MOST = 900.0
 _JITTER_FROM = 3
 
@@ -131,8 +132,8 @@ class RetryPolicy:
     ) -> None:
         for name, strategy in (("wait", wait), ("stop", stop), ("retry", retry)):
             _refuse_unusable(name, strategy)
-        if not ceiling > 0:
-            raise ConfigurationError("ceiling: must be more than 0 seconds")
+        if not 0 < ceiling <= _DELAY_MOST + _JITTER_MOST:
+            raise ConfigurationError("ceiling: must be more than 0 seconds, and at most a year")
         self._wait = wait
         self._stop = stop
         self._retry = retry
@@ -152,8 +153,10 @@ class RetryPolicy:
             raise ConfigurationError(
                 "schedule: give the delays as numbers of seconds: RetryPolicy.schedule(0, 60, 300)"
             )
-        if not delays or any(not delay >= 0 for delay in delays) or not 0 <= jitter <= 1:
-            raise ConfigurationError("schedule: give one delay >= 0 for each attempt, and a jitter from 0 to 1")
+        if not delays or any(not 0 <= delay <= _DELAY_MOST for delay in delays) or not 0 <= jitter <= 1:
+            raise ConfigurationError(
+                "schedule: give one delay for each attempt, 0 seconds to a year, and a jitter from 0 to 1"
+            )
         wait = _Schedule(delays, jitter, random or random_module.Random())  # noqa: S311  # spreads load, guards nothing
         ceiling = max(RETRY_AFTER_CEILING, *delays) + _JITTER_MOST
         return cls(wait=wait, stop=tenacity.stop_after_attempt(len(delays)), ceiling=ceiling)

@@ -117,6 +117,7 @@ class Worker:
         self._endpoints: dict[str, _InFlight] = {}
         self._slots: dict[str, _Slot] = {}
         self._attempted: list[_Slot] = []
+        self._is_writing = False
         self._settling: dict[str, _Slot] = {}
         self._writing: set[asyncio.Task[None]] = set()
         self._waiting: deque[Lease] = deque()
@@ -268,6 +269,8 @@ class Worker:
         leases = list(self._waiting)
         await self._give_back(leases, sent=False)
         self._waiting.clear()
+        if leases:
+            self._sweep_later()  # their endpoints may have stopped meanwhile
 
     def _start(self, lease: Lease, now: int) -> None:
         self.lag = max(0, now - lease.due_at) / SECOND
@@ -294,8 +297,7 @@ class Worker:
         if attempted is not None:
             slot.attempted = attempted
             self._attempted.append(slot)
-            if len(self._attempted) == 1:
-                self._begin_writing(self._write_attempted())
+            self._write_soon()
 
     def _note_defect(self, slot: _Slot, error: Exception) -> None:
         """Tell of a defect of ours. The lease ends by itself, and counts as an interruption."""
@@ -308,10 +310,22 @@ class Worker:
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
 
+    def _write_soon(self) -> None:
+        # Soon: others end in this turn of the loop, and a loop whose tasks begin at once would not wait for them.
+        if not self._is_writing:
+            self._is_writing = True
+            asyncio.get_running_loop().call_soon(lambda: self._begin_writing(self._write_attempted()))
+
     async def _write_attempted(self) -> None:
-        """Write the results that became known in one turn of the loop."""
-        slots, self._attempted = self._attempted, []
-        await self._write(slots)
+        """Write all results that are known, then all that became known meanwhile, until there are none."""
+        try:
+            while self._attempted:
+                slots, self._attempted = self._attempted, []
+                await self._write(slots)
+        finally:
+            self._is_writing = False
+            if self._attempted and not self._stopping:  # somebody cancelled this task
+                self._write_soon()
 
     async def _write(self, slots: list[_Slot]) -> None:
         """Write results, and have their slots claimed for meanwhile: the storage may do both in one transaction."""
@@ -324,7 +338,7 @@ class Worker:
             again = self._opens_something(slots, await self._deliverer.settle([slot.attempted for slot in slots]))
         except StorageClosed:
             pass
-        except Exception as error:  # noqa: BLE001  # as above
+        except Exception as error:  # noqa: BLE001  # whatever it is, no result may be lost for it
             self._unsettle(slots)
             if len(slots) > 1:  # whose fault it is shows when each is written alone
                 for slot in slots:
@@ -342,7 +356,7 @@ class Worker:
             return self._opens_something([slot], [await self._deliverer.settle_later(slot.attempted, error)])
         except StorageClosed:
             pass
-        except Exception as defect:  # noqa: BLE001  # as above
+        except Exception as defect:  # noqa: BLE001  # a defect of ours, which is told
             self._note_defect(slot, defect)
         return True
 
@@ -422,15 +436,20 @@ class Worker:
         for timer in (self._sweeper, self._looker):
             if timer is not None:
                 timer.cancel()
-        await self._finish(timeout)
-        unfinished, leases = self._tasks(), [slot.lease for slot in self._slots.values()]
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
+        ended = asyncio.ensure_future(self._ended.wait())
+        await self._finish(timeout, ended)
+        ended.cancel()
+        leases = [slot.lease for slot in self._slots.values()]
+        if leases:
             _logger.info("closing with %d attempts unfinished: their leases are given back", len(leases))
-            _, deaf = await asyncio.wait(unfinished, timeout=_CANCEL_GRACE)
-            if deaf:
-                _logger.warning("%d attempts did not end when they were cancelled: left behind", len(deaf))
+            for slot in self._slots.values():
+                if slot.task is not None:
+                    slot.task.cancel()
+            await self._finish(_CANCEL_GRACE)  # what is known is still written
+            if self._tasks():
+                _logger.warning("%d attempts did not end when they were cancelled: left behind", len(self._tasks()))
+            for writing in self._writing:
+                writing.cancel()
         with anyio.move_on_after(_RELEASE_GRACE):
             await self._give_back(leases, sent=True)
             await self._give_back_waiting()
@@ -438,17 +457,18 @@ class Worker:
             if not drainer.done():
                 drainer.set_exception(WaitTimeout("the dispatcher was closed before everything due was delivered"))
 
-    async def _finish(self, timeout: float) -> None:
+    async def _finish(self, timeout: float, *others: asyncio.Future[Any]) -> None:
+        """Wait until nothing is in flight, and for `others`, that many seconds at most."""
         # In real time: under a virtual clock that nobody advances, a shutdown would never end.
-        until = asyncio.get_running_loop().time() + timeout
-        ended = asyncio.ensure_future(self._ended.wait())
-        left = timeout
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
         while True:
-            await asyncio.wait({ended, *self._tasks()}, timeout=max(0.0, left))
-            left = until - asyncio.get_running_loop().time()  # an attempt that ended has a result to be written
-            if left <= 0 or (ended.done() and not self._tasks()):
-                break
-        ended.cancel()
+            await asyncio.sleep(0)  # an attempt that has just ended has a result to be written
+            unfinished, left = {*self._tasks(), *(other for other in others if not other.done())}, until - loop.time()
+            if left <= 0 or not (unfinished or self._is_writing):
+                return
+            if unfinished:
+                await asyncio.wait(unfinished, timeout=left)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         attempts = (slot.task for slot in self._slots.values())

@@ -262,9 +262,14 @@ async def test_tls_handshakes_begin_a_few_in_each_turn_of_the_loop_in_order_and_
 def test_handshakes_that_a_loop_left_undone_keep_none_of_the_next_one() -> None:
     handshakes = Handshakes()
 
-    async def begin() -> None:
-        for _ in range(HANDSHAKES_AT_ONCE):
-            await handshakes.turn()
+    async def leave_one_waiting() -> None:
+        waiting = [asyncio.ensure_future(handshakes.turn()) for _ in range(HANDSHAKES_AT_ONCE + 1)]
+        await waiting[0]
 
-    for _ in range(2):
-        asyncio.run(asyncio.wait_for(begin(), 5))
+    async def begin() -> None:
+        async with asyncio.timeout(5):
+            for _ in range(HANDSHAKES_AT_ONCE + 1):
+                await handshakes.turn()
+
+    asyncio.run(leave_one_waiting())
+    asyncio.run(begin())

@@ -214,6 +214,7 @@ class Storage(ABC):
     async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """Write attempt, delivery state and endpoint health for each outcome whose token is still the row's.
 
+        All or none. When it raises, they are given again, one by one.
         A stale token changes nothing and is answered with `held=False`. An expired lease that nobody took settles.
         A success proves the endpoint and resets its failures, anything else that `counts` adds one and unproves it.
         PENDING makes the row available after `retry_in`. `gone` disables the endpoint (reason `gone`) in the same

@@ -126,13 +126,13 @@ class Connection(asyncio.BufferedProtocol):
         self.is_reusable = False
         waiter: asyncio.Future[Response | Failure] = self._loop.create_future()
         self._waiter = waiter
-        self._until = until
-        if until < self._looks_at:
-            self._look_at(until)
         try:
             if self.transport.is_closing():
                 self._end_of_connection(self._error)
             else:
+                self._until = until
+                if until < self._looks_at:
+                    self._look_at(until)
                 self._unsent = message
                 self._write()
             return await waiter
