@@ -373,3 +373,21 @@ async def test_the_pace_counts_attempts_that_a_loop_begins_at_once(monkeypatch: 
             now += 0.1
         await asyncio.sleep(0)
     assert pace.at_once < 10
+
+
+async def test_a_writer_that_somebody_cancelled_is_followed_by_another() -> None:
+    storage, transport = _SlowToSettle(), FakeTransport()
+    transport.respond(f"{URL}/2", transport.hang)
+    async with Dispatcher(storage, transport=transport, keys=[], shutdown_timeout=1) as dispatcher:
+        for number in "12":
+            await dispatcher.endpoints.create(f"{URL}/{number}", events=[f"e{number}"])
+        await dispatcher.emit("e1")
+        receipt = await dispatcher.emit("e2")
+        await storage.settling.wait()
+        [writing] = dispatcher._worker._writing
+        transport.release()
+        await until(lambda: dispatcher._worker._attempted)
+        writing.cancel()
+        storage.may_settle.set()
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert delivery.state is DeliveryState.SUCCEEDED

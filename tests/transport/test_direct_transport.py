@@ -263,13 +263,18 @@ def test_handshakes_that_a_loop_left_undone_keep_none_of_the_next_one() -> None:
     handshakes = Handshakes()
 
     async def leave_one_waiting() -> None:
-        waiting = [asyncio.ensure_future(handshakes.turn()) for _ in range(HANDSHAKES_AT_ONCE + 1)]
-        await waiting[0]
+        for _ in range(HANDSHAKES_AT_ONCE):
+            await handshakes.turn()
+        waiting = handshakes.turn()
+        waiting.send(None)
+        waiting.close()
 
     async def begin() -> None:
         async with asyncio.timeout(5):
             for _ in range(HANDSHAKES_AT_ONCE + 1):
                 await handshakes.turn()
 
-    asyncio.run(leave_one_waiting())
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave_one_waiting())
+    loop.close()
     asyncio.run(begin())
