@@ -17,13 +17,14 @@ import aiosqlite
 from benchmarks._fleet import p99
 from benchmarks._harness import CPU, Cost, Report, Result, Series, alternate_costs, at_least, at_most
 from hookwright import Dispatcher, SQLiteStorage
-from hookwright.storage.sqlite._owner import Owner
+from hookwright.storage.sqlite._owner import Connected
 from hookwright.testing import FakeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from benchmarks._stalls import Watch
+    from hookwright.storage.sqlite._owner import Database
 
 DATA = {"video_id": "vid_123", "text": "x" * 960}
 EMITTERS = (1, 16, 64, 256)
@@ -133,14 +134,15 @@ def name_of(emitters: int, matching: int = 1) -> str:
 
 def _clock_commits(storage: SQLiteStorage) -> list[float]:
     """Return a list that gets the milliseconds of each group commit: from its hop to the thread until it is on disk."""
-    owner, found = storage._opened(), []  # noqa: SLF001  # what a commit takes, nothing public tells
+    connected, found = storage._opened()._connected, []  # noqa: SLF001  # what a commit takes, nothing public tells
 
-    async def clocked(group: list[Any]) -> None:
+    async def clocked(function: Callable[[Database], Any]) -> Any:
         begin = time.perf_counter()
-        await Owner._commit(owner, group)  # noqa: SLF001
+        answer = await Connected.call(connected, function)
         found.append((time.perf_counter() - begin) * 1000)
+        return answer
 
-    owner._commit = clocked  # type: ignore[method-assign]  # noqa: SLF001
+    connected.call = clocked  # type: ignore[method-assign]
     return found
 
 

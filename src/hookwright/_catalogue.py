@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic_core import ValidationError, to_json, to_jsonable_python
@@ -67,7 +68,8 @@ def check_reserved(pattern: str, *, operational: bool) -> None:
         raise ValidationFailed("events", f"{pattern!r} needs Dispatcher(operational_events=True)")
 
 
-def candidates(event_type: str) -> list[str]:
+@lru_cache(maxsize=1024)  # applications have few types
+def candidates(event_type: str) -> tuple[str, ...]:
     """Return every pattern that matches the type: itself, `a.b.*` and `a.*` above it, and `*` unless it is ours.
 
     An index from pattern to endpoints is asked for these, so that matching costs the type's depth and not the number
@@ -78,7 +80,7 @@ def candidates(event_type: str) -> list[str]:
     while dot != -1:
         found.append(event_type[:dot] + ".*")
         dot = event_type.find(".", dot + 1)
-    return found
+    return tuple(found)
 
 
 def _shown(value: object) -> str:

@@ -67,30 +67,33 @@ def snapshot(new: NewEvent, *, catalogue: Catalogue | None, clock: Clock) -> tup
     if catalogue is not None:
         catalogue.check(new.type, new.data, encoded)
     listed = _attributes(new.attributes)
-    if new.tenant is ALL_TENANTS:
-        raise ValidationFailed("tenant", "ALL_TENANTS is for endpoints.create: an event is of one tenant, or of None")
-    if new.tenant is not None and not (isinstance(new.tenant, str) and new.tenant):
-        raise ValidationFailed("tenant", "must be text or None")
-    check_text("tenant", new.tenant or "")
+    if new.tenant is not None:
+        _check_tenant(new.tenant)
     digest = None
     if new.idempotency_key is not None or new.event_id is not None:
         # It tells a repeated emit from another one under the same key or id. The order of keys counts.
         told = repr((new.type, new.tenant, new.endpoint_id)).encode()
         digest = hashlib.sha256(b"\0".join([told, encoded])).digest()
     event = EventRow(
-        id=new_id("evt", clock.now()) if new.event_id is None else _event_id(new.event_id),
-        type=new.type,
-        data=encoded,
-        occurred_at=clock.wall()
-        if new.occurred_at is None
-        else from_datetime(check_aware("occurred_at", new.occurred_at)),
-        tenant=new.tenant,
-        attributes=json.dumps(listed) if listed else "{}",
-        idempotency_key=_idempotency_key(new.idempotency_key),
-        digest=digest,
-        trace_context=_trace_context(new.trace_context),
+        new_id("evt", clock.now()) if new.event_id is None else _event_id(new.event_id),
+        new.type,
+        encoded,
+        clock.wall() if new.occurred_at is None else from_datetime(check_aware("occurred_at", new.occurred_at)),
+        new.tenant,
+        json.dumps(listed) if listed else "{}",
+        None if new.idempotency_key is None else _idempotency_key(new.idempotency_key),
+        digest,
+        None if new.trace_context is None else _trace_context(new.trace_context),
     )
-    return event, frozenset(term(key, value) for key, values in listed.items() for value in values)
+    return event, frozenset([term(key, value) for key, values in listed.items() for value in values])
+
+
+def _check_tenant(tenant: str) -> None:
+    if tenant is ALL_TENANTS:
+        raise ValidationFailed("tenant", "ALL_TENANTS is for endpoints.create: an event is of one tenant, or of None")
+    if not (isinstance(tenant, str) and tenant):
+        raise ValidationFailed("tenant", "must be text or None")
+    check_text("tenant", tenant)
 
 
 def _encode(data: object) -> bytes:
@@ -136,18 +139,17 @@ def _event_id(event_id: str) -> str:
     return event_id
 
 
-def _idempotency_key(key: str | None) -> str | None:
-    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
+def _idempotency_key(key: str) -> str:
+    if not (isinstance(key, str) and 1 <= len(key) <= 256):  # the message says it
         raise ValidationFailed("idempotency_key", "must be text of 1 to 256 characters")
-    check_text("idempotency_key", key or "")
-    return key
+    return check_text("idempotency_key", key)
 
 
 _TRACE_CONTEXT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def _trace_context(text: str | None) -> str | None:
-    if text is not None and not (isinstance(text, str) and _TRACE_CONTEXT.fullmatch(text)):
+def _trace_context(text: str) -> str:
+    if not (isinstance(text, str) and _TRACE_CONTEXT.fullmatch(text)):
         raise ValidationFailed("trace_context", "must be a W3C traceparent, such as '00-<32 hex>-<16 hex>-01', or None")
     return text
 
