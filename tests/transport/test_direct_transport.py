@@ -16,7 +16,7 @@ import pytest
 
 from hookwright import ConfigurationError, DirectTransport, Dispatcher, Failure, NetworkPolicy, Request, Response
 from hookwright.testing import Inbox
-from hookwright.testing._transport_contract_base import OPEN, Peer, answers, deaf, good, loopback, receiving, says
+from hookwright.testing._transport_contract_base import GOOD, OPEN, Peer, answers, deaf, good, loopback, receiving, says
 from hookwright.transport import direct
 from hookwright.transport._dial import HANDSHAKES_AT_ONCE, Dialler, Handshakes, Target
 from tests.conftest import until
@@ -278,3 +278,27 @@ def test_handshakes_that_a_loop_left_undone_keep_none_of_the_next_one() -> None:
     loop.run_until_complete(leave_one_waiting())
     loop.close()
     asyncio.run(begin())
+
+
+async def test_a_kept_connection_keeps_each_request_to_its_own_timeout() -> None:
+    loop = asyncio.get_running_loop()
+    first_ends, later = 0.0, asyncio.Event()
+
+    async def thrice(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(GOOD)
+        await peer.request()
+        await asyncio.sleep(first_ends - loop.time() + 0.05)  # beyond what the first request was given
+        await peer.say(GOOD)
+        await peer.request()
+        await later.wait()
+
+    async with receiving(thrice) as receiver, transporting() as transport, asyncio.timeout(20):
+        first_ends = loop.time() + 0.5
+        assert status(await transport.send(request(receiver.url(), total_timeout=0.5))) == 200
+        assert status(await transport.send(request(receiver.url(), total_timeout=30.0))) == 200
+        begun = loop.time()
+        assert code(await transport.send(request(receiver.url(), total_timeout=0.1))) == "timeout"
+        assert loop.time() - begun < 10  # and not the thirty seconds of the one before
+        assert receiver.connections == 1
+        later.set()
