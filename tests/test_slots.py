@@ -391,3 +391,23 @@ async def test_a_writer_that_somebody_cancelled_is_followed_by_another() -> None
         storage.may_settle.set()
         [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
         assert delivery.state is DeliveryState.SUCCEEDED
+
+
+async def test_a_result_that_the_storage_never_takes_keeps_no_later_one_from_being_written() -> None:
+    bad: list[str] = []
+
+    def refuse(endpoints: list[str]) -> StorageBusy | None:
+        bad.extend(endpoints if not bad else [])
+        return StorageBusy("locked") if bad[0] in endpoints else None
+
+    clock, transport = VirtualClock(), FakeTransport()
+    async with Dispatcher(
+        _Settling(refuse), transport=transport, clock=clock, keys=[], shutdown_timeout=0
+    ) as dispatcher:
+        for number in "12":
+            await dispatcher.endpoints.create(f"{URL}/{number}", events=[f"e{number}"])
+        await dispatcher.emit("e1")
+        await until(lambda: dispatcher._deliverer._unwritten)
+        receipt = await dispatcher.emit("e2")
+        [delivery] = await dispatcher.deliveries.wait(receipt.event_id, timeout=5)
+        assert (delivery.state, dispatcher._worker.in_flight) == (DeliveryState.SUCCEEDED, 1)

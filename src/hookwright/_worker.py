@@ -344,21 +344,24 @@ class Worker:
                 for slot in slots:
                     self._begin_writing(self._write([slot]))
                 slots = []
-            elif isinstance(error, StorageError):
-                again = await self._write_later(slots[0], error)
+            elif isinstance(error, StorageError):  # by a task of its own: it keeps no other waiting
+                self._begin_writing(self._write_later(slots[0], error))
+                slots = []
             else:
                 self._note_defect(slots[0], error)
         finally:
             self._free(slots, again=again)
 
-    async def _write_later(self, slot: _Slot, error: StorageError) -> bool:
+    async def _write_later(self, slot: _Slot, error: StorageError) -> None:
+        again = True
         try:
-            return self._opens_something([slot], [await self._deliverer.settle_later(slot.attempted, error)])
+            again = self._opens_something([slot], [await self._deliverer.settle_later(slot.attempted, error)])
         except StorageClosed:
             pass
         except Exception as defect:  # noqa: BLE001  # a defect of ours, which is told
             self._note_defect(slot, defect)
-        return True
+        finally:
+            self._free([slot], again=again)
 
     def _opens_something(self, slots: list[_Slot], answers: list[Settled]) -> bool:
         """Note what became of endpoints; say whether that lets something be claimed beyond the slots themselves.
