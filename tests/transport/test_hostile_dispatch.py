@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hookwright.testing._transport_contract_base import Row
 
 LOCAL = NetworkPolicy.development()
-ONCE = Profile(retry=RetryPolicy.schedule(0, 3600), timeouts=Timeouts(total=2.0, connect=1.0, dns=1.0))
+ONCE = Profile(retry=RetryPolicy.schedule(0, 3600), timeouts=Timeouts(total=8.0, connect=8.0, dns=1.0))
 ROWS = [row for row in (*ENDINGS, *ANSWERS, *FLOODS, *LENGTHS, *HEADS) if not row.bare]
 BOTH = pytest.mark.parametrize("kind", [HttpxTransport, DirectTransport])
 

@@ -367,13 +367,16 @@ async def secure(protocol: Dialled, tls: ssl.SSLContext, host: str, reached: Rea
     """Do the TLS handshake, for the name `host`; the connection is closed when it fails. Raises DialFailed."""
     plain = protocol.transport
     try:
-        async with asyncio.timeout_at(reached.until):
-            await reached.handshakes.turn()
+        # The receiver is not to blame for what waits here: that counts against the attempt's total timeout alone.
+        loop = asyncio.get_running_loop()
+        left = reached.until - loop.time()
+        await reached.handshakes.turn()
+        async with asyncio.timeout(left):
             if protocol.has_received:
                 raise TLSFailed("the receiver sent plain text before the TLS handshake")
             if plain.is_closing():
                 raise ConnectionResetError
-            transport = await asyncio.get_running_loop().start_tls(
+            transport = await loop.start_tls(
                 plain,
                 protocol,  # type: ignore[arg-type]  # the same
                 tls,
