@@ -144,7 +144,7 @@ class Emitter:
 
     async def _check_serves(self, endpoint_id: str, tenant: str | None) -> None:
         endpoint = await self._storage.get_endpoint(check_id("endpoint_id", endpoint_id))
-        if endpoint.tenant is not ALL_TENANTS and endpoint.tenant != tenant:
+        if not endpoint.serves(tenant):
             raise NotFound(
                 f"there is no endpoint {endpoint_id!r} for tenant {tenant!r}: emit with the endpoint's tenant"
             )

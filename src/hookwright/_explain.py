@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._addresses import masked_url
 from hookwright._catalogue import candidates
-from hookwright._models import ALL_TENANTS, EndpointState
+from hookwright._models import EndpointState
 from hookwright._prepare import Prepared, Unrenderable, Unusable
 from hookwright._snapshot import of_term, term
 
@@ -56,14 +56,14 @@ class Explanation(NamedTuple):
 
 def may_be_told(row: EndpointRow, tenant: str | None) -> bool:
     """Whether what is explained to a tenant may name the endpoint: others' are not told. None hears of all."""
-    return tenant is None or row.tenant is ALL_TENANTS or row.tenant == tenant
+    return tenant is None or row.serves(tenant)
 
 
 def why_not(
     row: EndpointRow, filters: Mapping[str, Sequence[Scalar]], event: EventRow, terms: frozenset[str]
 ) -> str | None:
     """Return why the endpoint does not want the event; None: it does."""
-    if row.tenant is not ALL_TENANTS and row.tenant != event.tenant:
+    if not row.serves(event.tenant):
         return f"tenant: it serves {row.tenant!r}, the event is of {event.tenant!r}"
     if not set(row.events) & set(candidates(event.type)):
         return f"events: none of {', '.join(row.events)} matches {event.type}"

@@ -351,6 +351,10 @@ class EndpointRow:
     def __repr__(self) -> str:
         return f"EndpointRow(id={self.id!r}, revision={self.revision})"
 
+    def serves(self, tenant: str | None) -> bool:
+        """Whether it may get events of this tenant (None: of none)."""
+        return self.tenant is ALL_TENANTS or self.tenant == tenant
+
 
 class Lease(NamedTuple):
     """The right to attempt a delivery until `until` (steady microseconds), under `token`.

@@ -269,8 +269,6 @@ class Worker:
         leases = list(self._waiting)
         await self._give_back(leases, sent=False)
         self._waiting.clear()
-        if leases:
-            self._sweep_later()  # their endpoints may have stopped meanwhile
 
     def _start(self, lease: Lease, now: int) -> None:
         self.lag = max(0, now - lease.due_at) / SECOND
@@ -483,8 +481,8 @@ class Worker:
         try:
             await self._storage.release(leases, sent=sent)
         except Exception as error:  # noqa: BLE001  # they end by themselves
-            self._sweep_later()
             _logger.warning("%d leases could not be given back: %s", len(leases), error)
+        self._sweep_later()  # their endpoints may have stopped meanwhile
 
 
 def _resolve(futures: list[asyncio.Future[None]]) -> None:

@@ -38,8 +38,12 @@ GOOD = OK_HEAD + b"content-length: 4\r\n\r\ngood"
 LATE = 0.5
 """Seconds an attempt may end after its total timeout."""
 
-STALL = 0.05 if sys.gettrace() is None else 0.15  # a tracer, as coverage's, makes every line cost more
-"""Seconds of processor time that one callback of the loop may take."""
+STALL = 0.05 if sys.gettrace() is None else 0.5
+"""Seconds of processor time that one callback of the loop may take.
+
+A tracer, as coverage's, makes every line cost up to ten times as much, and a guest's processor time holds what its host
+took away from it.
+"""
 
 GROWTH = 5 * 1024 * 1024
 """Bytes by which an attempt may let the process grow."""

@@ -226,9 +226,7 @@ class _Claiming:
             attempts, interruptions = attempts + 1, interruptions + 1
             record_interruption(self._database, delivery_id, attempts, self._now)
             self._database.execute(
-                "UPDATE hookwright_delivery SET attempt_count = ?, interruptions = ?, last_error = 'interrupted',"
-                " last_status = NULL WHERE id = ?",
-                (attempts, interruptions, delivery_id),
+                "UPDATE hookwright_delivery SET interruptions = ? WHERE id = ?", (interruptions, delivery_id)
             )
         return Lease(
             delivery_id,
@@ -334,9 +332,13 @@ _NEXT_DUE_AND_REVISION = (
 
 
 def record_interruption(database: Database, delivery_id: str, number: int, now: int) -> None:
-    """Write the attempt of which only its beginning is known."""
+    """Write the attempt of which only its beginning is known, and that it was the delivery's last."""
     database.execute(
         "INSERT INTO hookwright_attempt (delivery_id, number, started_at, duration, error) VALUES (?, ?, ?, 0,"
         " 'interrupted')",
         (delivery_id, number, now),
+    )
+    database.execute(
+        "UPDATE hookwright_delivery SET attempt_count = ?, last_error = 'interrupted', last_status = NULL WHERE id = ?",
+        (number, delivery_id),
     )

@@ -31,9 +31,7 @@ def release(database: Database, leases: Sequence[Lease], *, sent: bool, hold: in
         if sent:
             record_interruption(database, lease.delivery_id, count + 1, now)
             database.execute(
-                "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, budget_from = budget_from + 1,"
-                " last_error = 'interrupted', last_status = NULL WHERE id = ?",
-                (lease.delivery_id,),
+                "UPDATE hookwright_delivery SET budget_from = budget_from + 1 WHERE id = ?", (lease.delivery_id,)
             )
         make_due(database, [(lease.endpoint_id, available_at)], now)
         if hold:
@@ -105,11 +103,6 @@ def _interrupt_leased(database: Database, endpoint_id: str, now: int) -> None:
     ).fetchall()
     for delivery_id, number in ended:
         record_interruption(database, delivery_id, number, now)
-        database.execute(
-            "UPDATE hookwright_delivery SET attempt_count = ?, last_error = 'interrupted', last_status = NULL"
-            " WHERE id = ?",
-            (number, delivery_id),
-        )
 
 
 def _forget_swept(database: Database, endpoint_id: str, state: str) -> None:

@@ -54,11 +54,6 @@ def cancel(database: Database, delivery_ids: Sequence[str], now: int) -> list[st
     for delivery_id, _, attempt_count in leased:
         record_interruption(database, delivery_id, attempt_count + 1, now)
     database.executemany(
-        "UPDATE hookwright_delivery SET attempt_count = attempt_count + 1, last_error = 'interrupted',"
-        " last_status = NULL WHERE id = ?",
-        [(delivery_id,) for delivery_id, _, _ in leased],
-    )
-    database.executemany(
         "UPDATE hookwright_delivery SET state = 'cancelled', available_at = NULL, finished_at = ? WHERE id = ?",
         [(now, delivery_id) for delivery_id, _, _ in rows],
     )
