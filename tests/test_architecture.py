@@ -28,7 +28,7 @@ LINES = [
     ["_catalogue", "_retry"],
     ["_snapshot"],
     ["_profile", "_matching"],
-    ["storage._cursor", "transport._resolver", "transport._pools", "storage.sqlite._owner", "storage.sqlite._wal"],
+    ["storage._cursor", "storage._rooms", "storage._lane_health", "transport._resolver", "transport._pools", "storage.sqlite._owner", "storage.sqlite._wal"],
     ["storage._rows", "storage.postgres._database"],
     ["storage._memory_history", "storage.sqlite._bulk", "transport._dial"],
     ["transport._tls", "transport._connection", "transport._discreet"],

@@ -11,6 +11,8 @@ HookwrightError
 │   ├── StorageFull         no space is left
 │   ├── StorageCorrupt      the file is damaged, or is no database at all
 │   ├── StorageClosed       the storage is not open (any more)
+│   ├── StorageUnavailable  the database server cannot be reached
+│   ├── CommitUnknown       the connection broke in the commit: `.event_id` may be stored, or not
 │   ├── SchemaTooNew        a later version of hookwright wrote this database
 │   └── StaleEndpoints      endpoints changed since they were matched (the dispatcher matches again)
 └── WaitTimeout             also a TimeoutError: the outcome did not come in time
@@ -71,6 +73,28 @@ class StorageCorrupt(StorageError):
 
 class StorageClosed(StorageError):
     """The storage is not open, or not any more."""
+
+
+class StorageUnavailable(StorageError):
+    """The database server cannot be reached, or does not answer. It is tried again for as long as it takes."""
+
+
+class CommitUnknown(StorageError):
+    """The connection broke while the event was committed, and nobody could say since whether it was stored.
+
+    Emit it again with `event_id=error.event_id`: it is stored once, whatever happened. Of several events that were
+    stored together, `event_id` is the first.
+    """
+
+    def __init__(self, event_id: str) -> None:
+        super().__init__(
+            f"the connection broke while event {event_id} was committed, and the server cannot be asked:"
+            " emit it again with this event_id, it is stored once whatever happened"
+        )
+        self.event_id = event_id
+
+    def __reduce__(self) -> tuple[type[CommitUnknown], tuple[str]]:
+        return (type(self), (self.event_id,))
 
 
 class SchemaTooNew(StorageError):

@@ -1,0 +1,424 @@
+"""PostgreSQL: several processes emit and deliver from one database, which is also the application's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from hookwright._errors import ConfigurationError, StorageError
+from hookwright.storage._base import DEFAULT_HEALTH, Storage
+from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
+from hookwright.storage.postgres._database import Names
+from hookwright.storage.postgres._emits import Emits, Notifier, store_all
+from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
+from hookwright.storage.postgres._listener import Listener
+from hookwright.storage.postgres._pool import PATIENCE, CommitLost, Pool, closed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from typing import TypeVar
+
+    from hookwright._clock import Clock
+    from hookwright._health import HealthPolicy
+    from hookwright._models import (
+        Attempt,
+        AttemptRecord,
+        Claim,
+        Delivery,
+        DeliveryState,
+        Emission,
+        EndpointRow,
+        EndpointState,
+        Event,
+        EventRow,
+        Lease,
+        NewDelivery,
+        Outcome,
+        Page,
+        Receipt,
+        Settled,
+    )
+    from hookwright.storage._base import Backlog, Changes, ClaimRequest, DeliveryFilter
+    from hookwright.storage.postgres._database import Database
+
+    T = TypeVar("T")
+
+__all__ = ["PostgresStorage"]
+
+_POLL = 0.5
+"""Seconds between looks for other processes' work, where notifications cannot be had."""
+
+_POLL_LISTENING = 5.0
+"""The same, where they can: for the one that was missed."""
+
+_BARRIER = 0.25
+"""Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
+
+_BEGIN = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL jit = off; SET LOCAL statement_timeout = 10000"
+    "; SET LOCAL lock_timeout = 5000; SET LOCAL idle_in_transaction_session_timeout = 10000"
+)
+
+
+class PostgresStorage(Storage):
+    """One schema of a PostgreSQL database, 14 or later. Needs the extra `postgres`.
+
+    `dsn` is a URL as libpq takes it: `postgresql://user:password@host/database?sslmode=verify-full`. Without a name of
+    its own (`schema`) hookwright's tables are in the schema `hookwright`, which `open` creates and migrates; the user
+    must be allowed to. Every write is a transaction that is committed when the verb returns.
+
+    All processes that open it emit and deliver. Each uses up to `connections` connections, and one more that listens
+    (LISTEN) for the others' work. With `poll_only` there is no such connection and no prepared statement, as pgbouncer
+    in transaction mode needs it; others' work is then found within half a second, and leases of a process that died end
+    by themselves. The server's clock alone says when anything is due.
+
+    How many attempts an endpoint gets at once (its own `concurrency`, or `endpoint_concurrency`) holds for each
+    process; with `shared_concurrency` it holds for all of them together, which costs each claim a look at all leases of
+    the endpoints it serves.
+
+    While the server cannot be reached, emits and changes are tried again for 10 s and then raise StorageUnavailable, or
+    CommitUnknown; delivering goes on by itself when it is back, however long that takes. `transactions` counts the
+    commits of this object.
+
+    >>> PostgresStorage("postgresql://app:secret@db.example/app")
+    PostgresStorage('postgresql://db.example/app')
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        schema: str = "hookwright",
+        connections: int = 6,
+        poll_only: bool = False,
+        shared_concurrency: bool = False,
+    ) -> None:
+        if not isinstance(dsn, str) or urlsplit(dsn).scheme not in {"postgresql", "postgres"}:
+            raise ConfigurationError("dsn: use a URL: postgresql://user:password@host/database")
+        if not isinstance(connections, int) or connections < 4:
+            raise ConfigurationError("connections: use 4 or more; three are for emit, claim and settle alone")
+        self._dsn = dsn
+        self._names = Names(schema)
+        self._poll_only = poll_only
+        self._connections = connections
+        self._shared = shared_concurrency
+        # Whoever knows the number can look whether this process is alive: see acquire.
+        self._owner = random.SystemRandom().getrandbits(62)
+        self._clock: Clock | None = None
+        self._pool: Pool | None = None
+        self._emits: Emits | None = None
+        self._listener: Listener | None = None
+        self._notifier: Notifier | None = None
+        self._closing: asyncio.Event = asyncio.Event()
+        self._closed: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._freed = False
+        self._writing: set[asyncio.Future[Any]] = set()
+        self._lost_claims: list[str] = []
+        self._unknown: set[str] = set()
+
+    def __repr__(self) -> str:
+        url = urlsplit(self._dsn)
+        return f"PostgresStorage('postgresql://{url.hostname or ''}{url.path}')"
+
+    @property
+    def transactions(self) -> int:
+        """How many transactions were committed since `open`; an exact figure for tests and benchmarks."""
+        return self._pool.transactions if self._pool is not None else 0
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> str:
+        """Return the text that begins each transaction."""
+        return _BEGIN
+
+    async def open(self, clock: Clock) -> None:
+        """See `Storage.open`. Raises ConfigurationError when it is open already, or asyncpg is not installed."""
+        if self._pool is not None:
+            raise ConfigurationError("this PostgresStorage is open already: give each dispatcher its own")
+        if self._closed is not None:
+            await asyncio.shield(self._closed)
+        self._closed = None
+        self._closing.clear()
+        pool = Pool(self._dsn, self._names, size=self._connections, cached=not self._poll_only, begin=self._begin)
+        channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
+        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
+        try:
+            await pool.open()
+            await pool.run(partial(_schema.migrate, names=self._names))
+            if listener is not None:
+                await listener.open()
+        except BaseException:
+            await pool.close()
+            if listener is not None:
+                await listener.close()
+            raise
+        self._notifier = Notifier(channel, pool)
+        self._emits = Emits(pool, self._notifier)
+        self._clock, self._pool, self._listener, self._freed = clock, pool, listener, False
+
+    async def close(self) -> None:
+        """See `Storage.close`. What is under way has 0.3 s; what was not written by then may or may not be."""
+        if self._pool is not None and self._closed is None:
+            closing = self._close(self._pool, self._emits, self._listener, self._notifier)
+            self._closed = asyncio.get_running_loop().create_task(closing)
+        self._pool = self._emits = self._listener = self._notifier = None
+        if self._closed is not None:
+            # Shielded: a caller that is cancelled here may call again, the closing goes on meanwhile.
+            await asyncio.shield(self._closed)
+
+    async def _close(
+        self, pool: Pool, emits: Emits | None, listener: Listener | None, notifier: Notifier | None
+    ) -> None:
+        self._closing.set()
+        if notifier is not None:
+            notifier.close()
+        await pool.close()
+        if emits is not None:
+            await emits.close()
+        if listener is not None:
+            await listener.close()
+
+    async def acquire(self) -> bool:
+        """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
+        pool = self._opened()
+        if not self._freed:
+            await pool.run(_release.free_leases, patience=PATIENCE)
+            self._freed = True  # only now: after a failure or a cancellation it is tried again
+        return True
+
+    # -- the outbox ---------------------------------------------------------------------------------------------
+
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+        """See `Storage.enqueue`. Raises CommitUnknown."""
+        self._opened()
+        assert self._emits is not None
+        return await self._wrote(self._emits.store(Emitted(event, deliveries, endpoints_revision)))
+
+    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+        """See `Storage.enqueue_many`. Raises CommitUnknown."""
+        pool = self._opened()
+        assert self._notifier is not None
+        waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
+        return await self._wrote(store_all(pool, waiting, self._notifier.channel, PATIENCE, enqueue_all))
+
+    async def claim(self, request: ClaimRequest) -> Claim:
+        """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
+        pool = self._opened()
+        if self._writing:
+            await asyncio.wait(set(self._writing), timeout=_BARRIER)
+        if self._lost_claims:
+            lost = list(self._lost_claims)
+            await pool.run(partial(_claim.give_back, tokens=lost), first=True)
+            self._lost_claims = [token for token in self._lost_claims if token not in lost]
+        token, begun = _claim.claim_token(), self._now()
+        try:
+            claim, now = await pool.run(
+                partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared),
+                first=True,
+                durable=False,
+            )
+        except (CommitLost, asyncio.CancelledError):
+            self._lost_claims.append(token)
+            raise
+        return _in_our_time(claim, now - begun, now - self._now())
+
+    async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
+        """See `Storage.settle`."""
+        return await self._wrote(self._settle(outcomes, policy))
+
+    async def _settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
+        tokens = {outcome.token for outcome in outcomes}
+        pool, unknown = self._opened(), self._unknown & tokens
+        assert self._notifier is not None
+        settle = partial(
+            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=self._notifier.channel()
+        )
+        try:
+            answers = await pool.run(settle, first=True)
+        except CommitLost:
+            self._unknown |= tokens
+            raise
+        self._unknown -= tokens
+        return answers
+
+    async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
+        """See `Storage.release`."""
+        await self._write(partial(_release.release, leases=leases, sent=sent, hold=hold), first=True, patience=0.0)
+
+    async def requeue(self, delivery_ids: Sequence[str], states: Collection[DeliveryState]) -> int:
+        """See `Storage.requeue`."""
+        return await self._write(partial(_requeue.requeue, delivery_ids=delivery_ids, states=states))
+
+    async def cancel(self, delivery_ids: Sequence[str]) -> list[str]:
+        """See `Storage.cancel`."""
+        return await self._write(partial(_requeue.cancel, delivery_ids=delivery_ids))
+
+    async def admit_test(self, endpoint_id: str, interval: int) -> None:
+        """See `Storage.admit_test`."""
+        await self._write(partial(_requeue.admit_test, endpoint_id=endpoint_id, interval=interval))
+
+    async def record_test(self, emission: Emission, state: DeliveryState, attempt: AttemptRecord) -> None:
+        """See `Storage.record_test`."""
+        await self._write(partial(_requeue.record_test, emission=emission, state=state, attempt=attempt))
+
+    async def sweep(self) -> bool:
+        """See `Storage.sweep`."""
+        return await self._write(_release.sweep, patience=0.0)
+
+    async def wait(self, timeout: float) -> bool:
+        """See `Storage.wait`."""
+        self._opened()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        heard = self._closing if self._listener is None else self._listener.heard
+        poll = _POLL if self._listener is None else _POLL_LISTENING
+        waiting = {loop.create_task(self._closing.wait()), loop.create_task(heard.wait())}
+        try:
+            done, _ = await asyncio.wait(
+                waiting, timeout=min(poll, max(0.0, until - loop.time())), return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            for task in waiting:
+                task.cancel()
+        if self._closing.is_set():
+            return False
+        if heard is not self._closing:
+            heard.clear()
+        # Others may have written at any time; a claim that finds nothing is cheap.
+        return bool(done) or loop.time() < until or timeout >= poll
+
+    # -- endpoints ----------------------------------------------------------------------------------------------
+
+    async def create_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """See `Storage.create_endpoint`."""
+        return await self._write(partial(_endpoints.create, endpoint=endpoint))
+
+    async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
+        """See `Storage.update_endpoint`."""
+        return await self._write(partial(_endpoints.update, endpoint=endpoint))
+
+    async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
+        """See `Storage.set_endpoint_state`."""
+        return await self._write(
+            partial(_endpoints.change_state, endpoint_id=endpoint_id, state=state, reason=reason)
+        )
+
+    async def delete_endpoint(self, endpoint_id: str) -> None:
+        """See `Storage.delete_endpoint`."""
+        await self._write(partial(_endpoints.delete, endpoint_id=endpoint_id))
+
+    async def scrub_endpoints(self) -> None:
+        """See `Storage.scrub_endpoints`."""
+        raise NotImplementedError
+
+    async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
+        """See `Storage.get_endpoint`."""
+        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id))
+
+    async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
+        """See `Storage.list_endpoints`."""
+        return await self._read(partial(_endpoints.page, limit=limit, cursor=cursor, tenant=tenant))
+
+    async def changes(self, since_revision: int) -> Changes:
+        """See `Storage.changes`."""
+        return await self._read(partial(_endpoints.changes, since_revision=since_revision), first=True)
+
+    # -- history ------------------------------------------------------------------------------------------------
+
+    async def get_event(self, event_id: str) -> Event:
+        """See `Storage.get_event`."""
+        return await self._read(partial(_history.get_event, event_id=event_id))
+
+    async def get_delivery(self, delivery_id: str) -> Delivery:
+        """See `Storage.get_delivery`."""
+        return await self._read(partial(_history.get_delivery, delivery_id=delivery_id))
+
+    async def list_deliveries(self, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
+        """See `Storage.list_deliveries`."""
+        return await self._read(partial(_history.list_deliveries, where=where, limit=limit, cursor=cursor))
+
+    async def count_deliveries(self, where: DeliveryFilter) -> int:
+        """See `Storage.count_deliveries`."""
+        return await self._read(partial(_history.count_deliveries, where=where))
+
+    async def attempts(self, delivery_id: str) -> list[Attempt]:
+        """See `Storage.attempts`."""
+        return await self._read(partial(_history.attempts, delivery_id=delivery_id))
+
+    async def stats(self, endpoint_id: str, since: int) -> list[tuple[int, bool]]:
+        """See `Storage.stats`."""
+        return await self._read(partial(_history.stats, endpoint_id=endpoint_id, since=since))
+
+    async def backlog(self) -> Backlog:
+        """See `Storage.backlog`."""
+
+        async def read(database: Database) -> tuple[Backlog, int]:
+            now = await database.now()
+            return await _history.backlog(database, now), now
+
+        backlog, now = await self._read(read)
+        ahead = now - self._now()
+        return backlog if backlog.oldest_due is None else backlog._replace(oldest_due=backlog.oldest_due - ahead)
+
+    async def expunge(self, event_id: str) -> list[str]:
+        """See `Storage.expunge`. Old versions of the row stay in the server's files until it has vacuumed, and in its
+        log and backups for as long as these are kept.
+        """
+        return await self._write(partial(_requeue.expunge, event_id=event_id))
+
+    async def prune(self, before: int) -> int:
+        """See `Storage.prune`."""
+        return await self._write(partial(_history.prune, before=before), patience=0.0)
+
+    # -- what all verbs do --------------------------------------------------------------------------------------
+
+    def _opened(self) -> Pool:
+        if self._pool is None:
+            raise closed()
+        return self._pool
+
+    def _now(self) -> int:
+        if self._clock is None:
+            raise closed()
+        return self._clock.now()
+
+    async def _read(self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False) -> T:
+        return await self._opened().run(operation, first=first)
+
+    async def _write(
+        self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = PATIENCE
+    ) -> T:
+        return await self._wrote(self._opened().run(operation, first=first, patience=patience))
+
+    async def _wrote(self, writing: Awaitable[T]) -> T:
+        """Await a write that a claim asked for later has to see."""
+        task = asyncio.ensure_future(writing)
+        self._writing.add(task)
+        task.add_done_callback(self._note_written)
+        return await asyncio.shield(task)
+
+    def _note_written(self, task: asyncio.Future[Any]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may be gone
+
+
+def _in_our_time(claim: Claim, ahead_before: int, ahead_after: int) -> Claim:
+    """Return a claim with its times by this process's clock, on which the dispatcher works.
+
+    How far the server is ahead is known from before and after the claim: a lease ends early rather than late.
+    """
+    if ahead_before == ahead_after == 0:
+        return claim
+    leases = [
+        lease._replace(
+            until=lease.until - ahead_before, since=lease.since - ahead_before, due_at=lease.due_at - ahead_before
+        )
+        for lease in claim.leases
+    ]
+    next_due = None if claim.next_due is None else claim.next_due - ahead_after
+    return claim._replace(leases=leases, next_due=next_due)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter, deque
+from collections import deque
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
 from hookwright._ids import new_token
 from hookwright._models import Claim, Lease
-from hookwright.storage._base import FREE_INTERRUPTIONS, allowed, opens_at
+from hookwright.storage._base import FREE_INTERRUPTIONS, opens_at
+from hookwright.storage._rooms import Ready, Rooms
 from hookwright.storage.sqlite._bulk import at_once, rows_at_once
 from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END, UNLEASED
 
@@ -83,16 +84,6 @@ _LOOKED_UP = 4
 """Ids that are read at most at first for each row that is wanted."""
 
 
-class _Ready(NamedTuple):
-    """A lane that is due and not held."""
-
-    endpoint_id: str
-    earned: int
-    cap: int | None
-    rate_interval: int | None
-    rate_at: int
-
-
 def claim(database: Database, request: ClaimRequest, now: int) -> Claim:
     """See `Storage.claim`."""
     claiming = _Claiming(database, request, now)
@@ -111,19 +102,19 @@ class _Claiming:
         self._database = database
         self._request = request
         self._now = now
-        self._left = request.limit
-        self._unproven_left = request.unproven_limit
-        self._further_left = request.further_limit
-        self._taken: Counter[str] = Counter()
+        self._rooms = Rooms(request, now)
         self._ended: set[str] = set()
         self.leases: list[Lease] = []
 
-    def serve(self, lanes: Sequence[_Ready]) -> bool:
+    def serve(self, lanes: Sequence[Ready]) -> bool:
         """Serve these lanes in turn, as far as there is room; say whether one turned out to be early, or closed."""
-        rooms, early = self._rooms(lanes)
+        rooms, closed = self._rooms.of(lanes)
+        for lane in closed:
+            _wait_for_rate(self._database, lane, 0, self._now)
+        early = bool(closed)
         waiting, most = deque(rooms.items()), _LOOKED_UP * self._request.limit
-        while waiting and self._left > 0:
-            some: dict[_Ready, int] = {}
+        while waiting and self._rooms.left > 0:
+            some: dict[Ready, int] = {}
             asked = 0
             while waiting and asked < most:
                 lane, room = waiting.popleft()
@@ -132,49 +123,18 @@ class _Claiming:
             most *= 2  # lanes that have room for many, and few rows
         return early
 
-    def _serve(self, rooms: dict[_Ready, int]) -> bool:
+    def _serve(self, rooms: dict[Ready, int]) -> bool:
         due = self._due(rooms)
-        served: list[tuple[_Ready, list[str]]] = []
+        served: list[tuple[Ready, list[str]]] = []
         for lane, room in rooms.items():
             ids = due[lane.endpoint_id]
-            found = ids[: self._give(lane, min(room, len(ids)))]
+            found = ids[: self._rooms.give(lane, min(room, len(ids)))]
             if found:
                 served.append((lane, found))
         self._lease(served)
         return _were_early(self._database, [id for id, found in due.items() if not found], self._now)
 
-    def _rooms(self, lanes: Sequence[_Ready]) -> tuple[dict[_Ready, int], bool]:
-        """Return the lanes with room, in turn, and how much they have; and whether one is closed for its rate."""
-        rooms: dict[_Ready, int] = {}
-        closed = False
-        for lane in lanes:
-            room = _room(lane, self._request) - self._taken[lane.endpoint_id]
-            if room > 0 and lane.rate_interval is not None:
-                room = min(room, allowed(lane.rate_interval, lane.rate_at, self._now))
-                if room <= 0:
-                    _wait_for_rate(self._database, lane, 0, self._now)
-                    closed = True
-            if room > 0:
-                rooms[lane] = min(room, self._left, self._first(lane) + self._further_left)
-        return {lane: room for lane, room in rooms.items() if room > 0}, closed
-
-    def _give(self, lane: _Ready, count: int) -> int:
-        """Return how many of so many rows a lane may give, as far as there is any left, and count them."""
-        first = self._first(lane)
-        count = min(count, self._left, first + self._further_left)
-        if lane.earned == 0 or lane.endpoint_id in self._request.slow:
-            count = min(count, self._unproven_left)
-            self._unproven_left -= count
-        self._left -= count
-        self._further_left -= max(0, count - first)
-        self._taken[lane.endpoint_id] += count
-        return count
-
-    def _first(self, lane: _Ready) -> int:
-        """Return how many of a lane's rows are not counted as further ones: the first, unless it has one already."""
-        return 0 if self._taken[lane.endpoint_id] or lane.endpoint_id in self._request.in_flight else 1
-
-    def _due(self, rooms: dict[_Ready, int]) -> dict[str, list[str]]:
+    def _due(self, rooms: dict[Ready, int]) -> dict[str, list[str]]:
         """Return the rows that are due, by endpoint: those that wait longest, as many as there is room for."""
         due = self._first_due([lane.endpoint_id for lane in rooms], max(rooms.values()))
         settling = self._request.settling
@@ -200,7 +160,7 @@ class _Claiming:
         """Return rows for now, rows by time and rows whose lease has ended in one line."""
         return [row[0] for row in self._database.execute(_BY_WAITING, (json.dumps(ids),)).fetchall()]
 
-    def _lease(self, served: Sequence[tuple[_Ready, list[str]]]) -> None:
+    def _lease(self, served: Sequence[tuple[Ready, list[str]]]) -> None:
         """Lease rows, each under a fresh token."""
         if not served:
             return
@@ -249,21 +209,16 @@ class _Claiming:
         )
 
 
-def _room(lane: _Ready, request: ClaimRequest) -> int:
-    held = request.in_flight.get(lane.endpoint_id, ())
-    return min(max(1, lane.earned), lane.cap or request.endpoint_concurrency) - len(held)
-
-
-def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[_Ready]:
+def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[Ready]:
     """Return the lanes that are due and not held, as many as can matter, in turn."""
     if request.limit <= 0:
         return []
     busy = len(request.in_flight)
     limits = {"now": now, "limit": request.limit + busy, "unproven": min(request.limit, request.unproven_limit) + busy}
-    return [_Ready(*row[1:]) for row in sorted(rows_at_once(database, _LANES, limits), key=itemgetter(0, 1))]
+    return [Ready(*row[1:]) for row in sorted(rows_at_once(database, _LANES, limits), key=itemgetter(0, 1))]
 
 
-def _wait_for_rate(database: Database, lane: _Ready, sent: int, now: int) -> None:
+def _wait_for_rate(database: Database, lane: Ready, sent: int, now: int) -> None:
     """Count what was sent, and close a lane until its rate limit allows the next attempt."""
     assert lane.rate_interval is not None
     rate_at = max(lane.rate_at, now) + lane.rate_interval * sent if sent else lane.rate_at

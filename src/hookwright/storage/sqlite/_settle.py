@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookwright._health import Change, came_true, cool_down
+from hookwright._health import Change, came_true
 from hookwright._models import DeliveryState, Settled
+from hookwright.storage._lane_health import LANE_COLUMNS, LaneHealth
 from hookwright.storage.sqlite._bulk import at_once, insert_rows, update_alike
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from hookwright._health import HealthPolicy
     from hookwright._models import AttemptRecord, Outcome
     from hookwright.storage.sqlite._owner import Database
-
-MOST_EARNED = 1024
-"""Where the doubling of earned room ends; the cap ends it earlier."""
-
 
 def settle(
     database: Database, waiting: Sequence[tuple[Sequence[Outcome], HealthPolicy]], now: int
@@ -52,7 +49,7 @@ _LEASES = at_once(
     " ON l.endpoint_id = held.value AND l.delivery_id = held.key",
 )
 _LANES = at_once(
-    "endpoint_id, failures, earned, failing_since, throttles, last_success, last_at, sweep",
+    LANE_COLUMNS,
     "SELECT * FROM hookwright_lane WHERE endpoint_id IN (SELECT value FROM json_each(?1))",
 )
 
@@ -124,28 +121,11 @@ def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[
     )
 
 
-class _Lane:
-    """What one endpoint's lane says about its health."""
-
-    __slots__ = ("earned", "failing_since", "failures", "hold", "last_at", "last_success", "stopped", "throttles")
-
-    def __init__(self, row: Sequence[Any]) -> None:
-        self.failures, self.earned, self.failing_since, self.throttles = row[1:5]
-        self.last_success, self.last_at = row[5:7]
-        self.stopped = row[7] is not None
-        self.hold = 0
-
-    @property
-    def health(self) -> tuple[Any, ...]:
-        """The columns that every outcome may change."""
-        return (self.failures, self.failing_since, self.throttles, self.last_success, self.last_at)
-
-
 class _Lanes:
     """The lanes that the outcomes are about: read at once, written at once."""
 
     def __init__(self, rows: Sequence[Sequence[Any]]) -> None:
-        self._lanes = {row[0]: _Lane(row) for row in rows}
+        self._lanes = {row[0]: LaneHealth(row) for row in rows}
         self._earned = {row[0]: row[2] for row in rows}
         self._touched: set[str] = set()
 
@@ -155,29 +135,7 @@ class _Lanes:
         if lane is None:  # the endpoint is deleted and swept
             return Settled(held=True)
         self._touched.add(outcome.endpoint_id)
-        succeeded = outcome.state is DeliveryState.SUCCEEDED
-        changes: list[Change] = []
-        if outcome.counts:
-            lane.last_success, lane.last_at = succeeded, now
-            if succeeded:
-                if lane.failures >= policy.failing_at:
-                    changes.append(Change.RECOVERED)
-                lane.failures, lane.failing_since, lane.earned = 0, None, min(MOST_EARNED, max(2, lane.earned * 2))
-            else:
-                lane.failures, lane.failing_since, lane.earned = lane.failures + 1, lane.failing_since or now, 0
-                if lane.failures == policy.failing_at:
-                    changes.append(Change.FAILING)
-            lane.throttles = lane.throttles + 1 if outcome.throttled else 0
-        if outcome.hold or outcome.throttled:
-            pause = cool_down(lane.throttles, outcome.throttled) if outcome.throttled else 0
-            lane.hold = max(lane.hold, now + max(outcome.hold, pause))
-        reason = policy.reason_to_disable(
-            gone=outcome.gone,
-            counts=outcome.counts,
-            failures=lane.failures,
-            failing_since=lane.failing_since,
-            now=now,
-        )
+        changes, reason = lane.count(outcome, policy, now)
         if reason is not None and _disable(database, outcome.endpoint_id, reason, now):
             changes.append(Change.DISABLED)
             lane.stopped = True
@@ -192,7 +150,7 @@ class _Lanes:
             database,
             "UPDATE hookwright_lane SET failures = ?, failing_since = ?, throttles = ?, last_success = ?, last_at = ?"
             " WHERE endpoint_id IN (SELECT value FROM json_each(?))",
-            ((lane.health, endpoint_id) for endpoint_id, lane in lanes),
+            ((lane.columns, endpoint_id) for endpoint_id, lane in lanes),
         )
         database.executemany(
             "UPDATE hookwright_lane SET earned = ? WHERE endpoint_id = ?",

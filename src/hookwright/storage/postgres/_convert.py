@@ -1,0 +1,73 @@
+"""What the server and the drivers say, as errors of ours: the only place that knows both.
+
+By SQLSTATE (https://www.postgresql.org/docs/current/errcodes-appendix.html), which every driver passes on, so that none
+needs to be imported for it.
+"""
+
+from __future__ import annotations
+
+from hookwright._errors import (
+    HookwrightError,
+    SchemaTooNew,
+    StorageBusy,
+    StorageCorrupt,
+    StorageError,
+    StorageFull,
+    StorageUnavailable,
+)
+
+_REPEAT = "another transaction was in the way; repeat yours"
+_BY_STATE: dict[str, tuple[type[StorageError], str]] = {
+    "08": (StorageUnavailable, "the connection to PostgreSQL was lost"),
+    "28": (StorageError, "PostgreSQL refuses the user: check name, password and pg_hba.conf"),
+    "3D000": (StorageError, "the database does not exist: create it (CREATE DATABASE), hookwright makes its own schema"),
+    "3F000": (StorageError, "the schema is gone while it is in use: was it dropped?"),
+    "42P01": (StorageError, "a table is gone while it is in use: was the schema dropped, or restored in part?"),
+    "42501": (
+        StorageError,
+        "the user may not do that: let it create a schema (GRANT CREATE ON DATABASE ...), or own ours",
+    ),
+    "22021": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),
+    "22P05": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),
+    "25006": (StorageUnavailable, "the server is read-only: is it a standby?"),
+    "40": (StorageBusy, _REPEAT),
+    "53100": (StorageFull, "the server's disk is full; free space and repeat"),
+    "53": (StorageUnavailable, "the server has no resources left, or no more connections"),
+    "55P03": (StorageBusy, "another transaction holds the lock; if it is your own, commit it first"),
+    "57014": (StorageBusy, "a statement took longer than it may; what holds it up?"),
+    "57": (StorageUnavailable, "the server is stopping, starting, or ended the connection"),
+    "25P03": (StorageUnavailable, "the connection was idle in a transaction for too long; did this process stand still?"),
+    "25P04": (StorageUnavailable, "a transaction took longer than the server allows"),
+    "58": (StorageUnavailable, "the server's machine reported an error"),
+    "XX001": (StorageCorrupt, "the database is damaged; restore it from a backup"),
+    "XX002": (StorageCorrupt, "an index is damaged; REINDEX it, or restore a backup"),
+}
+
+
+def convert(error: BaseException) -> HookwrightError:
+    """Return our error for a driver's; one of ours stays what it is."""
+    if isinstance(error, HookwrightError):
+        return error
+    if isinstance(error, TimeoutError):
+        return StorageUnavailable("PostgreSQL does not answer in time")
+    if isinstance(error, OSError):
+        return StorageUnavailable(f"PostgreSQL cannot be reached: {type(error).__name__}: {error.strerror or error}")
+    state = getattr(error, "sqlstate", None)
+    if not isinstance(state, str):  # the driver's own: it has no answer from the server
+        closed = "clos" in str(error) or "releas" in str(error)
+        kind = StorageUnavailable if closed else StorageError
+        return kind(f"the PostgreSQL driver reported an error ({type(error).__name__}: {_brief(error)})")
+    kind, advice = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or (StorageError, "the database reported an error")
+    return kind(f"{advice} (PostgreSQL {state}: {_brief(error)})")
+
+
+def _brief(error: BaseException) -> str:
+    # Not `detail`, which shows a row's values.
+    return str(error).partition("\n")[0]
+
+
+def too_new(schema: int, known: int) -> SchemaTooNew:
+    """Return the error for a database that a later version has changed so that this one cannot use it."""
+    return SchemaTooNew(
+        f"the database has schema {schema}, this version knows up to {known}: upgrade, or use another schema name"
+    )

@@ -1,0 +1,181 @@
+"""Enqueue: all the events that wait, with their rows, in one statement that appends and changes nothing.
+
+So an application's transaction that stays open after an emit blocks neither another's emit nor a claim. Two emits with
+the same id or idempotency key wait for each other, for which the second has `lock_timeout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
+from hookwright._models import Receipt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hookwright._models import EventRow, NewDelivery
+    from hookwright.storage.postgres._database import Database
+
+
+class Emitted(NamedTuple):
+    """The arguments of one `Storage.enqueue`. `endpoints_revision` None: it is known to be the latest."""
+
+    event: EventRow
+    deliveries: Sequence[NewDelivery]
+    endpoints_revision: int | None
+
+
+# The order of ids and keys is that in which everybody inserts them: two that store the same ones wait in a line. What
+# is already there is left out, and looked at afterwards.
+ENQUEUE = """
+WITH current AS MATERIALIZED (
+    SELECT value AS revision, hookwright.clock() AS now FROM hookwright.meta WHERE key = 'endpoints_revision'
+), new AS (
+    INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, idempotency_key, digest,
+        delivery_count, trace_context)
+    SELECT e.id, e.type, e.tenant, e.data, e.attributes, e.occurred_at, current.now, e.key, e.digest, e.count, e.trace
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::bigint[], $7::text[], $8::bytea[],
+        $9::int[], $10::text[], $11::bigint[])
+        AS e(id, type, tenant, data, attributes, occurred_at, key, digest, count, trace, revision), current
+    WHERE coalesce(e.revision, current.revision) = current.revision
+    ORDER BY e.key, e.id
+    ON CONFLICT DO NOTHING
+    RETURNING id
+), rows AS (
+    SELECT d.id, d.event_id, d.endpoint_id, d.available_at, d.skipped
+    FROM unnest($12::text[], $13::text[], $14::text[], $15::bigint[], $16::bool[])
+        AS d(id, event_id, endpoint_id, available_at, skipped) JOIN new ON new.id = d.event_id
+), stored AS (
+    INSERT INTO hookwright.delivery (id, event_id, endpoint_id, state, available_at, created_at, finished_at)
+    SELECT id, event_id, endpoint_id, CASE WHEN skipped THEN 'skipped' ELSE 'pending' END,
+        CASE WHEN NOT skipped THEN available_at END, current.now, CASE WHEN skipped THEN current.now END
+    FROM rows, current
+), woken AS (
+    INSERT INTO hookwright.wake (endpoint_id, available_at)
+    SELECT endpoint_id, min(available_at) FROM rows WHERE NOT skipped GROUP BY endpoint_id
+)
+SELECT current.revision, (SELECT array_agg(id) FROM new),
+    CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped) THEN pg_notify($17, '') IS NULL END
+FROM current
+"""
+
+_FOUND = """
+SELECT id, digest, delivery_count, tenant, idempotency_key FROM hookwright.event
+WHERE id = ANY($1::text[]) UNION
+SELECT id, digest, delivery_count, tenant, idempotency_key FROM hookwright.event
+WHERE idempotency_key = ANY($2::text[])
+"""
+
+
+async def enqueue(
+    database: Database, waiting: Sequence[Emitted], channel: str | None
+) -> list[Receipt | HookwrightError]:
+    """Answer each as `Storage.enqueue` says: its receipt, or why it was refused. With a channel, tell of new rows."""
+    ids: set[str] = set()
+    again = next((n for n, (event, *_) in enumerate(waiting) if event.id in ids or ids.add(event.id)), None)
+    if again is not None:  # the rows of both would belong to one event: what is repeated comes in a statement of its own
+        before = await enqueue(database, waiting[:again], channel)
+        return before + await enqueue(database, waiting[again:], channel)
+    revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel))
+    new = set(stored or ())
+    found: dict[str, Any] = {}
+    if len(new) < len(waiting):
+        found = await _found(database, [emitted for emitted in waiting if emitted.event.id not in new])
+    answers: list[Receipt | HookwrightError] = []
+    for emitted in waiting:
+        event = emitted.event
+        if event.id in new:
+            found[event.id] = (event.id, event.digest, _count(emitted), event.tenant, event.idempotency_key)
+            if event.idempotency_key is not None:
+                found[f"key {event.idempotency_key}"] = found[event.id]
+            answers.append(Receipt(event.id, _count(emitted)))
+        else:
+            answers.append(_refused(emitted, found, revision))
+    return answers
+
+
+async def enqueue_all(
+    database: Database, waiting: Sequence[Emitted], channel: str | None
+) -> list[Receipt]:
+    """See `Storage.enqueue_many`. A refusal of one raises, so that nothing of the others stays."""
+    answers = await enqueue(database, waiting, channel)
+    for answer in answers:
+        if isinstance(answer, HookwrightError):
+            raise answer
+    return [answer for answer in answers if isinstance(answer, Receipt)]
+
+
+async def mark_own(
+    database: Database, waiting: Sequence[Emitted], answers: list[Receipt | HookwrightError]
+) -> list[Receipt | HookwrightError]:
+    """Tell duplicates from what we ourselves stored before, by a commit whose answer never came."""
+    rows = [row.id for emitted in waiting for row in emitted.deliveries]
+    ours = {row[0] for row in await database.fetch(_EVENTS_OF, rows)} if rows else set()
+    return [
+        replace(answer, duplicate=False)
+        if isinstance(answer, Receipt) and (answer.event_id in ours or emitted.event.digest is None)
+        else answer
+        for emitted, answer in zip(waiting, answers, strict=True)
+    ]
+
+
+_EVENTS_OF = "SELECT event_id FROM hookwright.delivery WHERE id = ANY($1::text[])"
+
+
+async def _found(database: Database, missing: Sequence[Emitted]) -> dict[str, Any]:
+    ids = [emitted.event.id for emitted in missing]
+    keys = [emitted.event.idempotency_key for emitted in missing if emitted.event.idempotency_key is not None]
+    rows = await database.fetch(_FOUND, ids, keys)
+    return {row[0]: row for row in rows} | {f"key {row[4]}": row for row in rows if row[4] is not None}
+
+
+def _refused(emitted: Emitted, found: dict[str, Any], revision: int) -> Receipt | HookwrightError:
+    """Return why nothing was stored of one: it is there already, something else is, or endpoints changed."""
+    event = emitted.event
+    there = found.get(event.id) or found.get(f"key {event.idempotency_key}")
+    if there is None:
+        return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+    id, digest, delivery_count, tenant, _ = there
+    if digest != event.digest:
+        key = "event_id" if id == event.id else "idempotency_key"
+        # Another tenant's ids are not told.
+        which = f" (event {id})" if tenant == event.tenant else ""
+        return ConflictError(f"{key}: used before for another type, data, target or tenant{which}; use a new one")
+    return Receipt(id, delivery_count, duplicate=True)
+
+
+def arguments(waiting: Sequence[Emitted], channel: str | None) -> tuple[Any, ...]:
+    """Return what ENQUEUE takes: the columns of the events, those of their rows, and whom to tell."""
+    events = [
+        (
+            event.id,
+            event.type,
+            event.tenant,
+            event.data,
+            event.attributes,
+            event.occurred_at,
+            event.idempotency_key,
+            event.digest,
+            _count(emitted),
+            event.trace_context,
+            emitted.endpoints_revision,
+        )
+        for emitted in waiting
+        for event in (emitted.event,)
+    ]
+    rows = [
+        (row.id, emitted.event.id, row.endpoint_id, row.available_at, row.skipped)
+        for emitted in waiting
+        for row in emitted.deliveries
+    ]
+    return (*_columns(events, 11), *_columns(rows, 5), channel)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(count)]
+
+
+def _count(emitted: Emitted) -> int:
+    return sum(not delivery.skipped for delivery in emitted.deliveries)

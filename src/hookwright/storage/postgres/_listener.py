@@ -1,0 +1,113 @@
+"""A connection of its own that hears of other processes' work, and that shows that this process is alive.
+
+A notification is a hint: whoever misses one looks by himself a little later. The connection is asked every few seconds
+whether it still answers, so that one that is half-open is noticed, and is made again for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from hookwright._errors import StorageUnavailable
+from hookwright.storage.postgres._convert import convert
+from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_logger = logging.getLogger("hookwright")
+
+PING_INTERVAL = 5.0
+"""Seconds between two questions whether the connection still answers."""
+
+PING_LIMIT = 5.0
+"""Seconds that an answer may take: one that is half-open is noticed within 10."""
+
+RECONNECT_MOST = 10.0
+"""Seconds between two attempts to connect again, at most; each is drawn at random below a bound that doubles."""
+
+
+class Listener:
+    """Listens for as long as it is open. `heard` is set by each notification, and when it listens again after a gap."""
+
+    def __init__(self, dsn: str, channel: str, owner: int, own: Collection[int]) -> None:
+        self._dsn = dsn
+        self._channel = channel
+        self._owner = owner
+        self._own = own
+        self._connection: Any = None
+        self._task: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+        self.heard = asyncio.Event()
+
+    async def open(self) -> None:
+        """Connect, listen, and show that this process is alive. Raises StorageError."""
+        try:
+            await self._connect()
+        except Exception as error:
+            raise convert(error) from error
+        self._task = asyncio.get_running_loop().create_task(self._watch(), name="hookwright-postgres-listener")
+
+    async def close(self) -> None:
+        """Disconnect."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+        self._terminate()
+
+    async def _connect(self) -> None:
+        asyncpg = driver()
+        connection = self._connection = await asyncpg.connect(
+            self._dsn, timeout=CONNECT_LIMIT, command_timeout=PING_LIMIT, statement_cache_size=0
+        )
+        quoted = self._channel.replace('"', '""')
+        # Its own work a process knows of; what it hears from its pool's connections is that.
+        self._lost.clear()
+        connection.add_termination_listener(lambda _: self._lost.set())
+        await connection.add_listener(self._channel, self._hear)
+        await connection.execute(f'LISTEN "{quoted}"; SELECT pg_advisory_lock_shared({self._owner})')
+
+    def _hear(self, _connection: object, pid: int, _channel: str, _payload: object) -> None:
+        if pid not in self._own:
+            self.heard.set()
+
+    async def _watch(self) -> None:
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._lost.wait(), PING_INTERVAL)
+                try:
+                    await self._connection.execute("SELECT 1")
+                except Exception as error:  # noqa: BLE001  # whatever it is: it is made again
+                    self._terminate()
+                    _logger.warning("the connection that listens to PostgreSQL was lost: %s", convert(error))
+                    await self._reconnect()
+        finally:
+            self._terminate()
+
+    async def _reconnect(self) -> None:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(StorageUnavailable),
+            wait=wait_random_exponential(multiplier=0.1, max=RECONNECT_MOST),
+            reraise=True,
+        ):
+            with attempt:
+                try:
+                    await self._connect()
+                except Exception as error:
+                    self._terminate()
+                    raise StorageUnavailable(str(convert(error))) from error
+        self.heard.set()  # nobody knows what was said meanwhile
+        _logger.warning("listening to PostgreSQL again")
+
+    def _terminate(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.terminate()

@@ -1,0 +1,54 @@
+"""The schema: created and migrated forward, by one process at a time, all or nothing."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from hookwright.storage.postgres._convert import too_new
+
+if TYPE_CHECKING:
+    from hookwright.storage.postgres._database import Database, Names
+
+SCHEMA = 1
+"""The schema this version writes."""
+
+COMPATIBLE = 1
+"""The oldest schema whose version can go on beside this one: migrations add, so that an upgrade may roll."""
+
+OLDEST_SERVER = 140000
+"""PostgreSQL 14, as the server numbers it."""
+
+
+async def migrate(database: Database, names: Names) -> None:
+    """Bring the schema up to date, in the caller's transaction. Raises SchemaTooNew, and has then changed nothing.
+
+    Whoever comes second waits for the first. Processes of the version before go on meanwhile and afterwards.
+    """
+    await database.fetch("SELECT pg_advisory_xact_lock(hashtextextended('hookwright ' || $1, 0))", names.schema)
+    schema = await _schema_of(database, names)
+    if schema == SCHEMA:
+        return
+    if schema == 0:
+        if not await database.value("SELECT to_regnamespace($1) IS NOT NULL", names.quoted):
+            await database.run(f"CREATE SCHEMA {names.quoted}")
+        await database.run("CREATE TABLE hookwright.meta (key text PRIMARY KEY, value bigint NOT NULL)")
+        await database.run("INSERT INTO hookwright.meta VALUES ('schema', 0), ('compatible', 0), ('endpoints_revision', 0)")
+    for number in range(schema + 1, SCHEMA + 1):
+        await database.run(_script(number))
+    await database.run("UPDATE hookwright.meta SET value = $1 WHERE key = 'schema'", SCHEMA)
+    await database.run("UPDATE hookwright.meta SET value = $1 WHERE key = 'compatible'", COMPATIBLE)
+
+
+async def _schema_of(database: Database, names: Names) -> int:
+    if not await database.value("SELECT to_regclass($1) IS NOT NULL", f"{names.quoted}.meta"):
+        return 0
+    found = {row[0]: row[1] for row in await database.fetch("SELECT key, value FROM hookwright.meta")}
+    schema: int = found["schema"]
+    if found["compatible"] > SCHEMA:
+        raise too_new(schema, SCHEMA)
+    return min(schema, SCHEMA)  # a later one, beside which this version may go on
+
+
+def _script(number: int) -> str:
+    return resources.files("hookwright.storage.sql").joinpath(f"postgres_{number:04}.sql").read_text("utf-8")
