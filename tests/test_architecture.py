@@ -34,6 +34,8 @@ LINES = [
     ["transport._tls", "transport._connection", "transport._discreet"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
     ["storage.postgres._lanes"],
+    ["storage.postgres._endpoints", "storage.postgres._history", "storage.postgres._release"],
+    ["storage.postgres._requeue"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],

@@ -86,6 +86,10 @@ async def lock_lanes(database: Database, endpoint_ids: Sequence[str]) -> int:
 
     Whoever changes deliveries or leases of an endpoint, or the endpoint, holds its lane. What is read before the lock
     is held may be old: read after it.
+
+    Once in a transaction, and before it locks anything else. What comes after it, in this order: endpoints, events by
+    id (`requeue` shares them, `expunge` and `prune` have them alone; `prune` holds no lane, and skips what is locked),
+    deliveries by id, and last the endpoint counter. Who cannot keep to it skips what is locked, as claims and `sweep`.
     """
     await database.fetch(
         "SELECT endpoint_id FROM hookwright.lane WHERE endpoint_id = ANY($1::text[]) ORDER BY endpoint_id FOR UPDATE",

@@ -1,4 +1,4 @@
-"""What every part of the queue needs to know about lanes: see `hookwright.storage.sqlite._lanes`, where turns are told."""
+"""What the queue needs to know about lanes. What a turn is, `hookwright.storage.sqlite._lanes` tells."""
 
 from __future__ import annotations
 

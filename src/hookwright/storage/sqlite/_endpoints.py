@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
-
-from pydantic_core import from_json
+from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER
 from hookwright._errors import ConflictError, NotFound
-from hookwright._health import EndpointHealth
-from hookwright._models import ALL_TENANTS, EndpointRow, EndpointState, Key, Page
+from hookwright._models import EndpointRow, EndpointState, Page
 from hookwright.storage._base import CHANGES_MOST, Changes, rate_interval
 from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage._rows import ENDPOINT_COLUMNS, SET_BY_APPLICATION, endpoint_columns, endpoint_row
 from hookwright.storage.sqlite._lanes import bump_revision, revision
 
 if TYPE_CHECKING:
     from hookwright.storage.sqlite._owner import Database
 
-_COLUMNS = (
-    "id",
-    "revision",
-    "deleted",
-    "state",
-    "disabled_reason",
-    "tenant",
-    "all_tenants",
-    "url",
-    "events",
-    "filters",
-    "name",
-    "description",
-    "metadata",
-    "headers",
-    "keys",
-    "profile",
-    "concurrency",
-    "timeout",
-    "rate_limit",
-    "created_at",
-    "updated_at",
-)
 _SELECT = (
-    f"SELECT {', '.join('p.' + column for column in _COLUMNS)},"
+    f"SELECT {', '.join('p.' + column for column in ENDPOINT_COLUMNS)},"
     " coalesce(l.failures, 0), l.failing_since, l.last_success, l.last_at"
     " FROM hookwright_endpoint AS p LEFT JOIN hookwright_lane AS l ON l.endpoint_id = p.id"
-)
-_SET_BY_APPLICATION = (
-    "revision",
-    "tenant",
-    "all_tenants",
-    "url",
-    "events",
-    "filters",
-    "name",
-    "description",
-    "metadata",
-    "headers",
-    "keys",
-    "profile",
-    "concurrency",
-    "timeout",
-    "rate_limit",
-    "updated_at",
 )
 
 
@@ -70,11 +26,11 @@ def create(database: Database, endpoint: EndpointRow) -> EndpointRow:
     """See `Storage.create_endpoint`."""
     if database.execute("SELECT 1 FROM hookwright_endpoint WHERE id = ?", (endpoint.id,)).fetchone():
         raise ConflictError(f"id: there is an endpoint {endpoint.id} already")
-    names = ", ".join(f":{column}" for column in _COLUMNS)
+    names = ", ".join(f":{column}" for column in ENDPOINT_COLUMNS)
     # The values have no name: they hold secrets, and an error shows what has one.
     database.execute(
-        f"INSERT INTO hookwright_endpoint ({', '.join(_COLUMNS)}) VALUES ({names})",
-        _to_columns(endpoint) | {"revision": bump_revision(database)},
+        f"INSERT INTO hookwright_endpoint ({', '.join(ENDPOINT_COLUMNS)}) VALUES ({names})",
+        endpoint_columns(endpoint) | {"revision": bump_revision(database)},
     )
     database.execute(
         "INSERT INTO hookwright_lane (endpoint_id, due_at, hold_until, cap, rate_interval) VALUES (?, ?, ?, ?, ?)",
@@ -94,10 +50,10 @@ def update(database: Database, endpoint: EndpointRow) -> EndpointRow:
     stored = get(database, endpoint.id)
     if stored.revision != endpoint.revision:
         raise ConflictError(f"endpoint {endpoint.id} was changed by somebody else meanwhile: read it and repeat")
-    assignments = ", ".join(f"{column} = :{column}" for column in _SET_BY_APPLICATION)
+    assignments = ", ".join(f"{column} = :{column}" for column in SET_BY_APPLICATION)
     database.execute(
         f"UPDATE hookwright_endpoint SET {assignments} WHERE id = :id",
-        _to_columns(endpoint) | {"revision": bump_revision(database)},
+        endpoint_columns(endpoint) | {"revision": bump_revision(database)},
     )
     database.execute(
         "UPDATE hookwright_lane SET cap = ?1, rate_interval = ?2, rate_at = CASE WHEN rate_interval IS ?2 THEN rate_at"
@@ -169,7 +125,7 @@ def get(database: Database, endpoint_id: str) -> EndpointRow:
     row = database.execute(_SELECT + " WHERE p.id = ? AND p.deleted = 0", (endpoint_id,)).fetchone()
     if row is None:
         raise NotFound(f"there is no endpoint {endpoint_id!r}")
-    return _to_row(row)
+    return endpoint_row(row)
 
 
 def page(database: Database, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
@@ -182,7 +138,7 @@ def page(database: Database, *, limit: int, cursor: str | None, tenant: str | No
         where += " AND p.id < ?"
         values.append(decode_cursor(cursor, "endpoints", tenant))
     rows = database.execute(f"{_SELECT} WHERE {where} ORDER BY p.id DESC LIMIT ?", [*values, limit + 1]).fetchall()
-    items = tuple(_to_row(row) for row in rows[:limit])
+    items = tuple(endpoint_row(row) for row in rows[:limit])
     more = len(rows) > limit
     return Page(items=items, next_cursor=encode_cursor("endpoints", tenant, items[-1].id) if more else None)
 
@@ -193,48 +149,7 @@ def changes(database: Database, since_revision: int) -> Changes:
     rows = database.execute(
         _SELECT + " WHERE p.revision > ? ORDER BY p.revision LIMIT ?", (since_revision, CHANGES_MOST)
     ).fetchall()
-    changed = [_to_row(row) for row in rows]
+    changed = [endpoint_row(row) for row in rows]
     current = revision(database)
     more = len(changed) == CHANGES_MOST and changed[-1].revision < current
     return Changes(changed[-1].revision if more else current, changed, more)
-
-
-def _to_columns(endpoint: EndpointRow) -> dict[str, Any]:
-    everyone = endpoint.tenant is ALL_TENANTS
-    return {
-        "id": endpoint.id,
-        "deleted": 0,
-        "state": endpoint.state.value,
-        "disabled_reason": endpoint.disabled_reason,
-        "tenant": None if everyone else endpoint.tenant,
-        "all_tenants": int(everyone),
-        "url": endpoint.url,
-        "events": json.dumps(endpoint.events),
-        "filters": json.dumps(dict(endpoint.filters)),
-        "name": endpoint.name,
-        "description": endpoint.description,
-        "metadata": json.dumps(dict(endpoint.metadata)),
-        "headers": json.dumps(endpoint.headers),
-        "keys": json.dumps(endpoint.keys),
-        "profile": endpoint.profile,
-        "concurrency": endpoint.concurrency,
-        "timeout": endpoint.timeout,
-        "rate_limit": endpoint.rate_limit,
-        "created_at": endpoint.created_at,
-        "updated_at": endpoint.updated_at,
-    }
-
-
-def _to_row(row: tuple[Any, ...]) -> EndpointRow:
-    values = dict(zip(_COLUMNS, row, strict=False))
-    everyone = values.pop("all_tenants")
-    values["deleted"] = bool(values["deleted"])
-    values["state"] = EndpointState(values["state"])
-    values["tenant"] = ALL_TENANTS if everyone else values["tenant"]
-    values["events"] = tuple(from_json(values["events"]))
-    values["filters"] = {key: tuple(allowed) for key, allowed in json.loads(values["filters"]).items()}
-    values["metadata"] = json.loads(values["metadata"])
-    values["headers"] = tuple((name, value) for name, value in from_json(values["headers"]))
-    values["keys"] = tuple(Key(*key) for key in from_json(values["keys"]))
-    health = EndpointHealth(row[-4], row[-3], None if row[-2] is None else bool(row[-2]), row[-1])
-    return EndpointRow(**values, health=health)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hookwright._clock import SECOND, to_datetime
+from hookwright._clock import SECOND
 from hookwright._errors import NotFound
-from hookwright._models import Attempt, AttemptRecord, Delivery, DeliveryState, Event, Page, to_attempt
+from hookwright._models import Attempt, Delivery, DeliveryState, Event, Page, to_attempt
 from hookwright.storage._base import BACKLOG_COUNTED, STATS_ROWS, SWEEP_ROWS, Backlog
 from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage._rows import attempt_record, delivery_of, event_of
 from hookwright.storage.sqlite._lanes import UNLEASED
 
 if TYPE_CHECKING:
@@ -32,18 +33,7 @@ def get_event(database: Database, event_id: str) -> Event:
     ).fetchone()
     if row is None:
         raise NotFound(f"there is no event {event_id!r}")
-    return Event(
-        id=row[0],
-        type=row[1],
-        data=row[2],
-        tenant=row[3],
-        attributes=json.loads(row[4]),
-        occurred_at=to_datetime(row[5]),
-        created_at=to_datetime(row[6]),
-        idempotency_key=row[7],
-        trace_context=row[8],
-        expunged_at=None if row[9] is None else to_datetime(row[9]),
-    )
+    return event_of(row)
 
 
 def get_delivery(database: Database, delivery_id: str) -> Delivery:
@@ -51,7 +41,7 @@ def get_delivery(database: Database, delivery_id: str) -> Delivery:
     row = database.execute(_DELIVERY + " WHERE d.id = ?", (delivery_id,)).fetchone()
     if row is None:
         raise NotFound(f"there is no delivery {delivery_id!r}")
-    return _to_delivery(row)
+    return delivery_of(row)
 
 
 def list_deliveries(database: Database, where: DeliveryFilter, *, limit: int, cursor: str | None) -> Page[Delivery]:
@@ -63,7 +53,7 @@ def list_deliveries(database: Database, where: DeliveryFilter, *, limit: int, cu
     rows = database.execute(
         f"{_DELIVERY} WHERE {condition} ORDER BY d.id DESC LIMIT ?", [*values, limit + 1]
     ).fetchall()
-    items = tuple(_to_delivery(row) for row in rows[:limit])
+    items = tuple(delivery_of(row) for row in rows[:limit])
     more = len(rows) > limit
     return Page(items=items, next_cursor=encode_cursor("deliveries", tuple(where), items[-1].id) if more else None)
 
@@ -83,7 +73,7 @@ def attempts(database: Database, delivery_id: str) -> list[Attempt]:
         " response_truncated, body_sha256 FROM hookwright_attempt WHERE delivery_id = ? ORDER BY number",
         (delivery_id,),
     ).fetchall()
-    return [to_attempt(delivery_id, row[0], _to_record(row)) for row in rows]
+    return [to_attempt(delivery_id, row[0], attempt_record(row)) for row in rows]
 
 
 def prunable(database: Database, before: int, after: tuple[int, str]) -> list[tuple[int, str]]:
@@ -188,33 +178,3 @@ def backlog(database: Database, now: int) -> Backlog:
     leased = database.execute(counted.format("hookwright_lease")).fetchone()[0]
     oldest = database.execute(_OLDEST, (now,)).fetchone()
     return Backlog(pending, leased, min((time for time in oldest if time is not None), default=None))
-
-
-def _to_record(row: tuple[Any, ...]) -> AttemptRecord:
-    return AttemptRecord(
-        started_at=row[1],
-        duration=row[2],
-        status=row[3],
-        error=row[4],
-        detail=row[5],
-        response_headers=tuple((name, value) for name, value in json.loads(row[6] or "[]")),
-        response_body=row[7] or b"",
-        response_truncated=bool(row[8]),
-        body_sha256=row[9],
-    )
-
-
-def _to_delivery(row: tuple[Any, ...]) -> Delivery:
-    return Delivery(
-        id=row[0],
-        event_id=row[1],
-        event_type=row[2],
-        endpoint_id=row[3],
-        state=DeliveryState(row[4]),
-        attempt_count=row[5],
-        created_at=to_datetime(row[6]),
-        next_attempt_at=None if row[7] is None else to_datetime(row[7] or row[11]),
-        finished_at=None if row[8] is None else to_datetime(row[8]),
-        last_status=row[9],
-        last_error=row[10],
-    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hookwright._health import Change, came_true
 from hookwright._models import DeliveryState, Settled
 from hookwright.storage._lane_health import LANE_COLUMNS, LaneHealth
+from hookwright.storage._rows import attempt_row
 from hookwright.storage.sqlite._bulk import at_once, insert_rows, update_alike
 from hookwright.storage.sqlite._endpoints import set_state
 from hookwright.storage.sqlite._enqueue import Emitted, enqueue
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from hookwright._health import HealthPolicy
-    from hookwright._models import AttemptRecord, Outcome
+    from hookwright._models import Outcome
     from hookwright.storage.sqlite._owner import Database
+
 
 def settle(
     database: Database, waiting: Sequence[tuple[Sequence[Outcome], HealthPolicy]], now: int
@@ -102,23 +104,6 @@ class _Rows:
         update_alike(database, tried, self._tried)
         update_alike(database, f"{_ENDED} {_OF_THESE}", self._untried)
         insert_rows(database, "hookwright_attempt", self._attempts)
-
-
-def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[Any, ...]:
-    """Return the columns of an attempt."""
-    return (
-        delivery_id,
-        number,
-        attempt.started_at,
-        attempt.duration,
-        attempt.status,
-        attempt.error,
-        attempt.detail,
-        json.dumps(attempt.response_headers) if attempt.response_headers else None,
-        attempt.response_body or None,
-        attempt.response_truncated,
-        attempt.body_sha256,
-    )
 
 
 class _Lanes:
