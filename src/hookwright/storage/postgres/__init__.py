@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from hookwright._errors import ConfigurationError, StorageError
-from hookwright.storage._base import DEFAULT_HEALTH, Storage
+from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._emits import Emits, Notifier, store_all
@@ -116,6 +116,7 @@ class PostgresStorage(Storage):
         self._closed: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._freed = False
+        self._pruned = (0, "")
         self._writing: set[asyncio.Future[Any]] = set()
         self._lost_claims: list[str] = []
         self._unknown: set[str] = set()
@@ -303,17 +304,16 @@ class PostgresStorage(Storage):
 
     async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
         """See `Storage.set_endpoint_state`."""
-        return await self._write(
-            partial(_endpoints.change_state, endpoint_id=endpoint_id, state=state, reason=reason)
-        )
+        return await self._write(partial(_endpoints.change_state, endpoint_id=endpoint_id, state=state, reason=reason))
 
     async def delete_endpoint(self, endpoint_id: str) -> None:
         """See `Storage.delete_endpoint`."""
         await self._write(partial(_endpoints.delete, endpoint_id=endpoint_id))
 
     async def scrub_endpoints(self) -> None:
-        """See `Storage.scrub_endpoints`."""
-        raise NotImplementedError
+        """See `Storage.scrub_endpoints`. The server's log and backups keep what they have."""
+        await self._write(_endpoints.rewrite)
+        await self._opened().outside(_endpoints.vacuum)
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
@@ -372,7 +372,13 @@ class PostgresStorage(Storage):
 
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""
-        return await self._write(partial(_history.prune, before=before), patience=0.0)
+        # Found by reading, which locks nothing, and looked at again when they are deleted.
+        while True:
+            found = await self._read(partial(_history.prunable, before=before, after=self._pruned))
+            self._pruned = found[-1] if len(found) == SWEEP_ROWS else (0, "")
+            deleted = await self._write(partial(_history.prune, event_ids=[id for _, id in found]), patience=0.0)
+            if deleted or len(found) < SWEEP_ROWS:
+                return deleted
 
     # -- what all verbs do --------------------------------------------------------------------------------------
 

@@ -57,24 +57,21 @@ _READY = "greatest(due_at, hold_until, rate_until)"
 
 def _head(proven: str, condition: str, turn: str, limit: str) -> str:
     return (
-        f"(SELECT {turn} AS turn, endpoint_id, earned, cap, rate_interval, rate_at FROM hookwright.lane"
+        f"MATERIALIZED (SELECT {turn} AS turn, endpoint_id, earned, cap, rate_interval, rate_at FROM hookwright.lane"
         f" WHERE (earned > 0) = {proven} AND {condition} ORDER BY {_READY} LIMIT {limit} FOR UPDATE SKIP LOCKED)"
     )
 
 
-_HEADS = [
-    _head(proven, condition, turn, limit)
-    for proven, limit in (("true", "$2::int"), ("false", "$3::int"))
-    for condition, turn in (
-        (f"{_READY} < {TURNS_END}", _READY),
-        (f"{_READY} >= {TURNS_END} AND {_READY} <= $1::bigint", f"{_READY} >> {TURN_BITS}"),
-    )
-]
+_BY_TURN = (f"{_READY} < {TURNS_END}", _READY)
+_BY_TIME = (f"{_READY} >= {TURNS_END} AND {_READY} <= $1::bigint", f"{_READY} >> {TURN_BITS}")
 _LANES = f"""
+WITH a AS {_head("true", *_BY_TURN, "$2::int")}, b AS {_head("true", *_BY_TIME, "$2::int")},
+c AS {_head("false", *_BY_TURN, "$3::int")}, d AS {_head("false", *_BY_TIME, "$3::int")}
 SELECT l.endpoint_id, l.earned, l.cap, l.rate_interval, l.rate_at, CASE WHEN $4::bigint IS NOT NULL THEN (
     SELECT count(*) FROM hookwright.lease WHERE endpoint_id = l.endpoint_id AND until > $1 AND owner <> $4
-) END
-FROM ({" UNION ALL ".join(_HEADS)}) AS l ORDER BY l.turn, l.endpoint_id
+) END FROM (
+    SELECT * FROM a UNION ALL SELECT * FROM b UNION ALL SELECT * FROM c UNION ALL SELECT * FROM d
+) AS l ORDER BY l.turn, l.endpoint_id
 """
 
 # Three walks along an index for each lane: rows for now, rows by time, and leases that have ended.
@@ -158,7 +155,9 @@ SELECT (SELECT min(ready) FROM ({_later("true")} UNION ALL {_later("false")}) AS
 """
 
 
-async def claim(database: Database, request: ClaimRequest, *, owner: int, token: str, shared: bool) -> tuple[Claim, int]:
+async def claim(
+    database: Database, request: ClaimRequest, *, owner: int, token: str, shared: bool
+) -> tuple[Claim, int]:
     """See `Storage.claim`; and return the server's time. `shared`: other processes' leases take up room, too."""
     now, stopped = await database.first(_FOLD)
     if stopped:

@@ -20,7 +20,10 @@ _REPEAT = "another transaction was in the way; repeat yours"
 _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "08": (StorageUnavailable, "the connection to PostgreSQL was lost"),
     "28": (StorageError, "PostgreSQL refuses the user: check name, password and pg_hba.conf"),
-    "3D000": (StorageError, "the database does not exist: create it (CREATE DATABASE), hookwright makes its own schema"),
+    "3D000": (
+        StorageError,
+        "the database does not exist: create it (CREATE DATABASE), hookwright makes its own schema",
+    ),
     "3F000": (StorageError, "the schema is gone while it is in use: was it dropped?"),
     "42P01": (StorageError, "a table is gone while it is in use: was the schema dropped, or restored in part?"),
     "42501": (
@@ -36,7 +39,10 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "55P03": (StorageBusy, "another transaction holds the lock; if it is your own, commit it first"),
     "57014": (StorageBusy, "a statement took longer than it may; what holds it up?"),
     "57": (StorageUnavailable, "the server is stopping, starting, or ended the connection"),
-    "25P03": (StorageUnavailable, "the connection was idle in a transaction for too long; did this process stand still?"),
+    "25P03": (
+        StorageUnavailable,
+        "the connection was idle in a transaction for too long; did this process stand still?",
+    ),
     "25P04": (StorageUnavailable, "a transaction took longer than the server allows"),
     "58": (StorageUnavailable, "the server's machine reported an error"),
     "XX001": (StorageCorrupt, "the database is damaged; restore it from a backup"),

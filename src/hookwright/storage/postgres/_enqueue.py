@@ -75,7 +75,9 @@ async def enqueue(
     """Answer each as `Storage.enqueue` says: its receipt, or why it was refused. With a channel, tell of new rows."""
     ids: set[str] = set()
     again = next((n for n, (event, *_) in enumerate(waiting) if event.id in ids or ids.add(event.id)), None)
-    if again is not None:  # the rows of both would belong to one event: what is repeated comes in a statement of its own
+    if (
+        again is not None
+    ):  # the rows of both would belong to one event: what is repeated comes in a statement of its own
         before = await enqueue(database, waiting[:again], channel)
         return before + await enqueue(database, waiting[again:], channel)
     revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel))
@@ -96,9 +98,7 @@ async def enqueue(
     return answers
 
 
-async def enqueue_all(
-    database: Database, waiting: Sequence[Emitted], channel: str | None
-) -> list[Receipt]:
+async def enqueue_all(database: Database, waiting: Sequence[Emitted], channel: str | None) -> list[Receipt]:
     """See `Storage.enqueue_many`. A refusal of one raises, so that nothing of the others stays."""
     answers = await enqueue(database, waiting, channel)
     for answer in answers:

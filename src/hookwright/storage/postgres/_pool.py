@@ -73,12 +73,14 @@ class Pool:
         self._pool: asyncpg.Pool[Any] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
+        self._foreign: tuple[type[Exception], ...] = ()
         self.pids: set[int] = set()
         self.transactions = 0
 
     async def open(self) -> None:
         """Make ready to connect; nothing is asked of the server yet. Raises ConfigurationError."""
         asyncpg = driver()
+        self._foreign = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
         self._pool = asyncpg.create_pool(
             self._dsn,
             min_size=0,
@@ -96,8 +98,9 @@ class Pool:
             raise ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}") from None
 
     async def _note(self, connection: Any) -> None:
-        self.pids.add(connection.get_server_pid())
-        connection.add_termination_listener(lambda closed: self.pids.discard(closed.get_server_pid()))
+        pid = connection.get_server_pid()
+        self.pids.add(pid)
+        connection.add_termination_listener(lambda _: self.pids.discard(pid))
 
     async def close(self) -> None:
         """Let what is under way end, for a moment, and disconnect."""
@@ -174,9 +177,7 @@ class Pool:
         try:
             async with contextlib.nullcontext() if first else self._side, asyncio.timeout(TRANSACTION_LIMIT):
                 return await self._transaction(operation, begin)
-        except HookwrightError:
-            raise
-        except Exception as error:
+        except self._foreign as error:
             raise convert(error) from error
 
     async def _transaction(self, operation: Operation[T], begin: str) -> T:
@@ -195,8 +196,7 @@ class Pool:
                 await connection.execute("COMMIT")
             except BaseException as error:
                 connection.terminate()
-                converted = convert(error) if isinstance(error, Exception) else error
-                if isinstance(error, asyncio.CancelledError) or isinstance(converted, StorageUnavailable):
+                if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
                     raise CommitLost("the connection to PostgreSQL broke in a commit") from error
                 raise
             self.transactions += 1

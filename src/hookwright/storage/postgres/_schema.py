@@ -33,7 +33,9 @@ async def migrate(database: Database, names: Names) -> None:
         if not await database.value("SELECT to_regnamespace($1) IS NOT NULL", names.quoted):
             await database.run(f"CREATE SCHEMA {names.quoted}")
         await database.run("CREATE TABLE hookwright.meta (key text PRIMARY KEY, value bigint NOT NULL)")
-        await database.run("INSERT INTO hookwright.meta VALUES ('schema', 0), ('compatible', 0), ('endpoints_revision', 0)")
+        await database.run(
+            "INSERT INTO hookwright.meta VALUES ('schema', 0), ('compatible', 0), ('endpoints_revision', 0)"
+        )
     for number in range(schema + 1, SCHEMA + 1):
         await database.run(_script(number))
     await database.run("UPDATE hookwright.meta SET value = $1 WHERE key = 'schema'", SCHEMA)
