@@ -28,14 +28,15 @@ LINES = [
     ["_catalogue", "_retry"],
     ["_snapshot"],
     ["_profile", "_matching"],
-    ["storage._cursor", "storage._rooms", "storage._lane_health", "transport._resolver", "transport._pools", "storage.sqlite._owner", "storage.sqlite._wal"],
-    ["storage._rows", "storage.postgres._database"],
-    ["storage._memory_history", "storage.sqlite._bulk", "transport._dial"],
-    ["transport._tls", "transport._connection", "transport._discreet"],
+    ["storage._cursor", "storage._rooms", "storage._lane_health", "transport._resolver", "transport._pools"],
+    ["storage._rows", "storage.sqlite._owner", "storage.sqlite._wal", "storage.postgres._database"],
+    ["storage._memory_history", "storage.sqlite._bulk", "storage.postgres._convert", "transport._dial"],
+    ["transport._tls", "transport._connection", "transport._discreet", "storage.postgres._pool"],
     ["storage.memory", "storage.sqlite._lanes", "storage.sqlite._schema", "transport._pinned"],
-    ["storage.postgres._lanes"],
+    ["storage.postgres._lanes", "storage.postgres._listener", "storage.postgres._schema", "storage.postgres._enqueue"],
     ["storage.postgres._endpoints", "storage.postgres._history", "storage.postgres._release"],
-    ["storage.postgres._requeue"],
+    ["storage.postgres._claim", "storage.postgres._emits", "storage.postgres._requeue", "storage.postgres._settle"],
+    ["storage.postgres"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],
@@ -57,13 +58,14 @@ FOREIGN = {
     "httptools": {"transport.direct"},
     "aiosqlite": {"storage.sqlite._owner"},
     "sqlite3": {"storage.sqlite._owner", "storage.sqlite._schema"},
-    "tenacity": {"_retry"},
+    "asyncpg": {"storage.postgres._pool"},
+    "tenacity": {"_retry", "storage.postgres._pool", "storage.postgres._listener", "storage.postgres._emits"},
     "cryptography": {"_signing", "_vault"},
     "jsonschema": {"_catalogue"},
     "typer": {"cli"},
     "rich": {"cli", "_demo"},
 }
-LAZY_IMPORTS = {"cli", "_catalogue", "_signing", "_vault", "transport.direct"}
+LAZY_IMPORTS = {"cli", "_catalogue", "_signing", "_vault", "storage.postgres._pool", "transport.direct"}
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 
@@ -101,7 +103,7 @@ def test_every_module_imports_only_from_below() -> None:
             target = inside(imported)
             if target is None:
                 continue
-            if target == "storage.sqlite" and module.startswith("storage.sqlite"):
+            if target in {"storage.sqlite", "storage.postgres"} and module.startswith(target):
                 continue  # a sibling, named by `from hookwright.storage.sqlite import _claim`
             if target not in height or height[target] >= height[module]:
                 wrong.append(f"{module} imports {target or 'the root'}")

@@ -12,6 +12,7 @@ from hookwright._dispatcher import Dispatcher
 from hookwright._endpoints import Endpoints
 from hookwright._envelope import CloudEventsEnvelope, Content, Envelope, EventEnvelope, FlatEnvelope, StandardEnvelope
 from hookwright._errors import (
+    CommitUnknown,
     ConfigurationError,
     ConflictError,
     HookwrightError,
@@ -23,6 +24,7 @@ from hookwright._errors import (
     StorageCorrupt,
     StorageError,
     StorageFull,
+    StorageUnavailable,
     ValidationFailed,
     WaitTimeout,
 )
@@ -70,6 +72,7 @@ from hookwright._version import __version__
 from hookwright.receiver import VerificationFailed
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
+from hookwright.storage.postgres import PostgresStorage
 from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport._base import Failure, Request, Response, Transport
 from hookwright.transport._resolver import Resolver, SystemResolver
@@ -85,6 +88,7 @@ __all__ = [
     "ClientCertificate",
     "Clock",
     "CloudEventsEnvelope",
+    "CommitUnknown",
     "ConfigurationError",
     "ConflictError",
     "Content",
@@ -131,6 +135,7 @@ __all__ = [
     "Observation",
     "Page",
     "Payload",
+    "PostgresStorage",
     "Profile",
     "Receipt",
     "Request",
@@ -150,6 +155,7 @@ __all__ = [
     "StorageCorrupt",
     "StorageError",
     "StorageFull",
+    "StorageUnavailable",
     "Subscription",
     "SystemResolver",
     "Timeouts",

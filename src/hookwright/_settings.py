@@ -17,6 +17,7 @@ from hookwright._profile import Profile
 from hookwright._vault import EncryptionKey, Vault
 from hookwright.storage._base import Storage
 from hookwright.storage.memory import MemoryStorage
+from hookwright.storage.postgres import PostgresStorage
 from hookwright.storage.sqlite import SQLiteStorage
 from hookwright.transport._base import NetworkBound, Transport
 from hookwright.transport.httpx import HttpxTransport
@@ -127,13 +128,15 @@ def storage_of(storage: str | Storage) -> Storage:
         return storage
     if storage == "memory:":
         return MemoryStorage()
+    if isinstance(storage, str) and storage.startswith(("postgresql://", "postgres://")):
+        return PostgresStorage(storage)
     path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
     if path in ("", storage) or path.startswith(":"):
         scheme, found, _ = str(storage).partition("://")  # what follows may hold a password
         shown = f"{scheme}://..." if found else storage
         raise ConfigurationError(
-            f"storage: {shown!r} is no storage: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db', 'memory:'"
-            " or an instance of Storage (wrap one by a subclass)"
+            f"storage: {shown!r} is no storage: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db',"
+            " 'postgresql://user:password@host/database', 'memory:' or an instance of Storage (wrap one by a subclass)"
         )
     return SQLiteStorage(path)
 

@@ -175,9 +175,13 @@ class World:
             if cursor is None:
                 return items
 
+    async def written(self) -> None:
+        """Return when whatever was asked for before has been written, or never will be: a claim has to see it."""
+        await self.storage.claim(ClaimRequest(0, 0, LEASE, 4, {}))
+
     async def snapshot(self) -> list[Any]:
         """Return all that can be read."""
-        await self.storage.prune(0)  # a write: whatever was asked for before it has been written, or never will be
+        await self.written()
         deliveries = await self.deliveries()
         events = {delivery.event_id for delivery in deliveries}
         return [

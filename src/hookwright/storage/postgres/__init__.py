@@ -8,14 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from hookwright._errors import ConfigurationError, StorageError
+from hookwright._errors import ConfigurationError
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._emits import Emits, Notifier, store_all
 from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
 from hookwright.storage.postgres._listener import Listener
-from hookwright.storage.postgres._pool import PATIENCE, CommitLost, Pool, closed
+from hookwright.storage.postgres._pool import CLOSING_LIMIT, PATIENCE, CommitLost, Pool, closed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -118,7 +118,7 @@ class PostgresStorage(Storage):
         self._freed = False
         self._pruned = (0, "")
         self._writing: set[asyncio.Future[Any]] = set()
-        self._lost_claims: list[str] = []
+        self._lost_claims: dict[str, asyncio.Future[Any]] = {}
         self._unknown: set[str] = set()
 
     def __repr__(self) -> str:
@@ -177,6 +177,8 @@ class PostgresStorage(Storage):
         self._closing.set()
         if notifier is not None:
             notifier.close()
+        if self._writing:
+            await asyncio.wait(set(self._writing), timeout=CLOSING_LIMIT)
         await pool.close()
         if emits is not None:
             await emits.close()
@@ -211,21 +213,27 @@ class PostgresStorage(Storage):
         pool = self._opened()
         if self._writing:
             await asyncio.wait(set(self._writing), timeout=_BARRIER)
-        if self._lost_claims:
-            lost = list(self._lost_claims)
-            await pool.run(partial(_claim.give_back, tokens=lost), first=True)
-            self._lost_claims = [token for token in self._lost_claims if token not in lost]
+        await self._give_back_lost(pool)
         token, begun = _claim.claim_token(), self._now()
+        claiming = asyncio.ensure_future(self._claim(pool, request, token))
         try:
-            claim, now = await pool.run(
-                partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared),
-                first=True,
-                durable=False,
-            )
+            claim, now = await self._wrote(claiming)
         except (CommitLost, asyncio.CancelledError):
-            self._lost_claims.append(token)
+            self._lost_claims[token] = claiming
             raise
         return _in_our_time(claim, now - begun, now - self._now())
+
+    async def _claim(self, pool: Pool, request: ClaimRequest, token: str) -> tuple[Claim, int]:
+        claim = partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared)
+        return await pool.run(claim, first=True, durable=False)
+
+    async def _give_back_lost(self, pool: Pool) -> None:
+        """End the leases of claims that were written, but whose answer nobody had."""
+        lost = [token for token, claiming in self._lost_claims.items() if claiming.done()]
+        if lost:
+            await pool.run(partial(_claim.give_back, tokens=lost), first=True)
+            for token in lost:
+                del self._lost_claims[token]
 
     async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """See `Storage.settle`."""
@@ -313,7 +321,6 @@ class PostgresStorage(Storage):
     async def scrub_endpoints(self) -> None:
         """See `Storage.scrub_endpoints`. The server's log and backups keep what they have."""
         await self._write(_endpoints.rewrite)
-        await self._opened().outside(_endpoints.vacuum)
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
@@ -376,7 +383,8 @@ class PostgresStorage(Storage):
         while True:
             found = await self._read(partial(_history.prunable, before=before, after=self._pruned))
             self._pruned = found[-1] if len(found) == SWEEP_ROWS else (0, "")
-            deleted = await self._write(partial(_history.prune, event_ids=[id for _, id in found]), patience=0.0)
+            ids = [event_id for _, event_id in found]
+            deleted: int = await self._write(partial(_history.prune, event_ids=ids), patience=0.0)
             if deleted or len(found) < SWEEP_ROWS:
                 return deleted
 

@@ -7,7 +7,7 @@ were woken; lock those that are due; find their rows; lease them; move the lanes
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER
 from hookwright._ids import new_token
@@ -105,7 +105,9 @@ SELECT id, attempt_count, $2::bigint, 0, 'interrupted' FROM taken
 
 # What is taken over has a row already.
 _LEASE = """
-WITH chosen AS MATERIALIZED (SELECT id, place FROM unnest($1::text[]) WITH ORDINALITY AS chosen (id, place)), leased AS (
+WITH chosen AS MATERIALIZED (
+    SELECT id, place FROM unnest($1::text[]) WITH ORDINALITY AS chosen (id, place)
+), leased AS (
     INSERT INTO hookwright.lease (endpoint_id, delivery_id, token, until, attempt_count, owner)
     SELECT d.endpoint_id, d.id, $2::text || chosen.place, $3::bigint, d.attempt_count, $4::bigint
     FROM chosen JOIN hookwright.delivery AS d ON d.id = chosen.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -54,10 +55,8 @@ class Notifier:
         self._telling = asyncio.get_running_loop().create_task(self._notify())
 
     async def _notify(self) -> None:
-        try:
+        with contextlib.suppress(StorageError):  # a hint that is missed is made up for by looking
             await self._pool.run(lambda database: database.fetch("SELECT pg_notify($1, '')", self._channel), first=True)
-        except StorageError:  # a hint that is missed is made up for by looking
-            pass
 
     def close(self) -> None:
         """Notify no more."""

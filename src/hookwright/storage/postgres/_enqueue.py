@@ -57,7 +57,8 @@ WITH current AS MATERIALIZED (
     SELECT endpoint_id, min(available_at) FROM rows WHERE NOT skipped GROUP BY endpoint_id
 )
 SELECT current.revision, (SELECT array_agg(id) FROM new),
-    CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped) THEN pg_notify($17, '') IS NULL END
+    CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped)
+        THEN pg_notify($17, '') IS NULL END
 FROM current
 """
 
@@ -73,11 +74,9 @@ async def enqueue(
     database: Database, waiting: Sequence[Emitted], channel: str | None
 ) -> list[Receipt | HookwrightError]:
     """Answer each as `Storage.enqueue` says: its receipt, or why it was refused. With a channel, tell of new rows."""
-    ids: set[str] = set()
-    again = next((n for n, (event, *_) in enumerate(waiting) if event.id in ids or ids.add(event.id)), None)
-    if (
-        again is not None
-    ):  # the rows of both would belong to one event: what is repeated comes in a statement of its own
+    ids: dict[str, int] = {}
+    again = next((n for n, emitted in enumerate(waiting) if ids.setdefault(emitted.event.id, n) != n), None)
+    if again is not None:  # both would get the rows of both: what is repeated comes in a statement of its own
         before = await enqueue(database, waiting[:again], channel)
         return before + await enqueue(database, waiting[again:], channel)
     revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel))

@@ -78,7 +78,7 @@ async def settle(
     if settling.ended:
         await database.run(_WRITE, *settling.arguments())
     if unknown and not all(answer.held for answer in answers):
-        answers = await _written_before(database, outcomes, answers, unknown)
+        answers = await _written_before(database, outcomes, answers, unknown, now)
     await _tell(database, zip(outcomes, answers, strict=True), channel)
     return answers
 
@@ -161,13 +161,13 @@ JOIN hookwright.attempt AS a ON a.delivery_id = told.id AND a.started_at = told.
 
 
 async def _written_before(
-    database: Database, outcomes: Sequence[Outcome], answers: list[Settled], unknown: Collection[str]
+    database: Database, outcomes: Sequence[Outcome], answers: list[Settled], unknown: Collection[str], now: int
 ) -> list[Settled]:
     """Answer as held what was written by a commit whose answer never came."""
     told = [(o.delivery_id, o.attempt.started_at, o.attempt.duration) for o in outcomes if o.attempt is not None]
     written = {row[0] for row in await database.fetch(_WRITTEN, *_columns(told, 3))}
     return [
-        Settled(held=True, next_attempt_at=None if outcome.state.final else outcome.retry_in)
+        Settled(held=True, next_attempt_at=None if outcome.state.final else now + outcome.retry_in)
         if not answer.held and outcome.token in unknown and outcome.delivery_id in written
         else answer
         for outcome, answer in zip(outcomes, answers, strict=True)

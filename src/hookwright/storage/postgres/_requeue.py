@@ -1,0 +1,161 @@
+"""What people do to deliveries and events by hand: send again, cancel, try out, expunge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hookwright._errors import ConflictError, NotFound
+from hookwright._models import TEST_TYPE
+from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage._rows import attempt_row
+from hookwright.storage.postgres._database import lock_lanes
+from hookwright.storage.postgres._lanes import UNLEASED, make_due
+from hookwright.storage.postgres._release import record_interruptions
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from hookwright._models import AttemptRecord, DeliveryState, Emission
+    from hookwright.storage.postgres._database import Database
+
+
+async def _hold_lanes_of(database: Database, delivery_ids: Sequence[str]) -> int:
+    # A delivery keeps its endpoint, so that it need not be looked up again.
+    rows = await database.fetch(
+        "SELECT DISTINCT endpoint_id FROM hookwright.delivery WHERE id = ANY($1::text[])", list(delivery_ids)
+    )
+    return await lock_lanes(database, [row[0] for row in rows])
+
+
+async def requeue(database: Database, delivery_ids: Sequence[str], states: Collection[DeliveryState]) -> int:
+    """See `Storage.requeue`."""
+    ids = list(delivery_ids)
+    now = await _hold_lanes_of(database, ids)
+    # Against `prune`, which holds no lane and deletes events of which nothing is pending.
+    await database.fetch(
+        "SELECT 1 FROM hookwright.event WHERE id IN"
+        " (SELECT event_id FROM hookwright.delivery WHERE id = ANY($1::text[])) ORDER BY id FOR SHARE",
+        ids,
+    )
+    rows = await database.fetch(
+        # The budget starts anew; the free interruptions that were used stay used, and are not counted against it.
+        "UPDATE hookwright.delivery AS d SET state = 'pending', available_at = 0, finished_at = NULL, renewed_at = $3,"
+        f" budget_from = d.attempt_count - least(d.interruptions, {FREE_INTERRUPTIONS})"
+        " FROM hookwright.event AS e, hookwright.endpoint AS p WHERE d.id = ANY($1::text[])"
+        " AND d.state = ANY($2::text[]) AND e.id = d.event_id AND p.id = d.endpoint_id AND NOT p.deleted"
+        f" AND p.state <> 'disabled' AND e.expunged_at IS NULL AND e.type <> '{TEST_TYPE}' AND {UNLEASED}"
+        " RETURNING d.endpoint_id",
+        ids,
+        [state.value for state in states],
+        now,
+    )
+    await make_due(database, [(row[0], 0) for row in rows], now)
+    return len(rows)
+
+
+async def cancel(database: Database, delivery_ids: Sequence[str]) -> list[str]:
+    """See `Storage.cancel`."""
+    now = await _hold_lanes_of(database, delivery_ids)
+    return await _cancel(database, delivery_ids, now)
+
+
+async def _cancel(database: Database, delivery_ids: Sequence[str], now: int) -> list[str]:
+    # Locked as well, in order: a row that was committed late may have no lane any more.
+    rows = await database.fetch(
+        "SELECT id FROM hookwright.delivery WHERE id = ANY($1::text[]) AND state = 'pending' ORDER BY id"
+        " FOR NO KEY UPDATE",
+        list(delivery_ids),
+    )
+    ids: list[str] = [row[0] for row in rows]
+    if not ids:
+        return []
+    leased = await database.fetch(
+        "DELETE FROM hookwright.lease AS l USING hookwright.delivery AS d WHERE d.id = ANY($1::text[])"
+        " AND l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id RETURNING l.delivery_id, l.attempt_count + 1",
+        ids,
+    )
+    await record_interruptions(database, [(row[0], row[1]) for row in leased], now)
+    await database.run(
+        "UPDATE hookwright.delivery SET state = 'cancelled', available_at = NULL, finished_at = $1"
+        " WHERE id = ANY($2::text[])",
+        now,
+        ids,
+    )
+    return ids
+
+
+async def expunge(database: Database, event_id: str) -> list[str]:
+    """See `Storage.expunge`. What was there is out of reach for every statement at once.
+
+    Its bytes stay in the table's file until others land on them, and in WAL, replicas and backups: the server's matter.
+    """
+    rows = await database.fetch("SELECT id, endpoint_id FROM hookwright.delivery WHERE event_id = $1", event_id)
+    now = await lock_lanes(database, list({row[1] for row in rows}))
+    changed = await database.run(
+        "UPDATE hookwright.event SET data = '', attributes = '{}', expunged_at = coalesce(expunged_at, $1)"
+        " WHERE id = $2",
+        now,
+        event_id,
+    )
+    if not changed:
+        raise NotFound(f"there is no event {event_id!r}")
+    ids = [row[0] for row in rows]
+    cancelled = await _cancel(database, ids, now)
+    await database.run(
+        "UPDATE hookwright.attempt SET response_headers = NULL, response_body = NULL, detail = NULL"
+        " WHERE delivery_id = ANY($1::text[])",
+        ids,
+    )
+    return cancelled
+
+
+async def admit_test(database: Database, endpoint_id: str, interval: int) -> None:
+    """See `Storage.admit_test`."""
+    now = await lock_lanes(database, [endpoint_id])
+    row = await database.first(
+        "SELECT l.tested_at FROM hookwright.lane AS l JOIN hookwright.endpoint AS p ON p.id = l.endpoint_id"
+        " WHERE p.id = $1 AND NOT p.deleted",
+        endpoint_id,
+    )
+    if row is None:
+        raise NotFound(f"there is no endpoint {endpoint_id!r}")
+    if row[0] is not None and 0 <= now - row[0] < interval:
+        raise ConflictError(f"endpoint {endpoint_id} was tested just now: wait {interval // 1_000_000} s between tests")
+    await database.run("UPDATE hookwright.lane SET tested_at = $1 WHERE endpoint_id = $2", now, endpoint_id)
+
+
+async def record_test(database: Database, emission: Emission, state: DeliveryState, attempt: AttemptRecord) -> None:
+    """See `Storage.record_test`."""
+    event, [delivery] = emission
+    now = await database.now()
+    await database.run(
+        "INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, idempotency_key,"
+        " digest, delivery_count, trace_context) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 0, $10)",
+        event.id,
+        event.type,
+        event.tenant,
+        event.data,
+        event.attributes,
+        event.occurred_at,
+        now,
+        event.idempotency_key,
+        event.digest,
+        event.trace_context,
+    )
+    await database.run(
+        "INSERT INTO hookwright.delivery (id, event_id, endpoint_id, state, attempt_count, created_at, finished_at,"
+        " last_status, last_error) VALUES ($1, $2, $3, $4, 1, $5, $5, $6, $7)",
+        delivery.id,
+        event.id,
+        delivery.endpoint_id,
+        state.value,
+        now,
+        attempt.status,
+        attempt.error,
+    )
+    await database.run(
+        "INSERT INTO hookwright.attempt (delivery_id, number, started_at, duration, status, error, detail,"
+        " response_headers, response_body, response_truncated, body_sha256)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        *attempt_row(delivery.id, 1, attempt),
+    )
