@@ -1,9 +1,9 @@
 """Runs one PostgreSQL server, and ends it when whoever holds the lifeline is gone, however that happened.
 
 `python guardian.py LIFELINE FOLDER USER POSTGRES`: the lifeline is a file with a lock on it; the folder holds the data,
-the log and the socket, and goes with the lifeline; USER is empty when the server needs no other than ours. Says
-`ready` and the server's process id once it may be connected to, nothing if that never comes, and ends when the server
-does.
+the log and the socket; USER is empty when the server needs no other than ours. Says `ready` and the server's process id
+once it may be connected to, nothing if that never comes, and ends when the server does. When the lifeline was lost, the
+folder that it is in goes too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 READY_WITHIN = 60.0
@@ -35,7 +36,8 @@ def _tell_when_ready(server: subprocess.Popen[bytes], data: Path) -> None:
     until = time.monotonic() + READY_WITHIN
     while server.poll() is None and time.monotonic() < until:
         if _is_ready(data, server.pid):
-            os.write(sys.stdout.fileno(), f"ready {server.pid}\n".encode())
+            with suppress(BrokenPipeError):  # whoever asked is dead
+                os.write(sys.stdout.fileno(), f"ready {server.pid}\n".encode())
             return
         time.sleep(0.005)
     server.send_signal(signal.SIGQUIT)
@@ -45,7 +47,9 @@ def _end_with(lifeline: Path, lost: threading.Event, server: subprocess.Popen[by
     with lifeline.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     lost.set()
-    server.send_signal(signal.SIGQUIT)  # at once, as after a crash
+    while server.poll() is None:  # more than once: it may not listen yet
+        server.send_signal(signal.SIGQUIT)  # at once, as after a crash
+        time.sleep(0.1)
 
 
 def main(lifeline: Path, folder: Path, user: str, postgres: str) -> None:
@@ -61,7 +65,7 @@ def main(lifeline: Path, folder: Path, user: str, postgres: str) -> None:
         _tell_when_ready(server, data)
         server.wait()
     if lost.is_set():
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(lifeline.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,8 @@ def own_server(settings: Mapping[str, str] = SETTINGS) -> Iterator[Server]:
         yield server
     finally:
         server.stop(immediate=True)
-        lifeline.close()
         shutil.rmtree(folder)
+        lifeline.close()
 
 
 class Run:
@@ -168,7 +168,7 @@ class Run:
             until = time.monotonic() + PATIENCE
             while any(self.folder.glob("server-*")) and time.monotonic() < until:
                 time.sleep(0.005)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # the guardian does the same
 
 
 @contextmanager
