@@ -70,8 +70,7 @@ class _AioSQLite(CallersConnection):
             async with self.driver.cursor() as cursor:  # rows as the application likes them may not be sequences
                 cursor.row_factory = None
                 await cursor.execute(sql, arguments)
-                rows = await cursor.fetchall()
-                return rows
+                return list(await cursor.fetchall())
 
     @property
     def in_transaction(self) -> bool:
@@ -195,7 +194,6 @@ _DRIVERS: dict[str, tuple[Callable[[Any], CallersConnection], Callable[..., tupl
     "aiosqlite": (_AioSQLite, _as_it_is),
     "asyncpg": (_AsyncPG, _as_it_is),
     "psycopg": (_Psycopg, _pyformat),
-    "psycopg_async": (_Psycopg, _pyformat),
 }
 
 

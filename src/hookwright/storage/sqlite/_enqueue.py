@@ -80,9 +80,7 @@ def _admit(emitted: Emitted, new: list[Emitted], current: int) -> Receipt | Hook
     return Receipt(emitted.event.id, _count(emitted))
 
 
-def _admit_keyed(
-    emitted: Emitted, new: list[Emitted], current: int, now: int
-) -> Steps[Receipt | HookwrightError]:
+def _admit_keyed(emitted: Emitted, new: list[Emitted], current: int, now: int) -> Steps[Receipt | HookwrightError]:
     try:
         duplicate = yield from _duplicate(emitted.event)
     except ConflictError as conflict:
