@@ -164,8 +164,8 @@ class _SQLAlchemy(CallersConnection):
 
     @property
     def commits_alone(self) -> bool:
-        if self.kind == "sqlite":
-            return self._behind.commits_alone
+        if self.kind == "sqlite":  # it may begin one itself, in an event of the application's: see in_transaction then
+            return False
         # SQLAlchemy's wrappers of both PostgreSQL drivers begin a transaction at the first statement, unless told so.
         return bool(self._connection.sync_connection.connection.dbapi_connection.autocommit)
 
@@ -217,12 +217,17 @@ async def adapted(connection: object) -> CallersConnection:
     else:
         raise ValidationFailed("connection", _refusal(connection, names))
     if adapter.commits_alone:
-        raise ValidationFailed(
-            "connection",
-            "it has no open transaction and would commit the event by itself: begin a transaction first, or emit"
-            " without connection=",
-        )
+        raise commits_alone()
     return adapter
+
+
+def commits_alone() -> ValidationFailed:
+    """The error for a connection that would commit each statement by itself."""
+    return ValidationFailed(
+        "connection",
+        "it has no open transaction and would commit the event by itself: begin a transaction first, or emit without"
+        " connection=",
+    )
 
 
 async def _behind_sqlalchemy(given: Any) -> CallersConnection:

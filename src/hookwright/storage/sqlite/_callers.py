@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hookwright._errors import HookwrightError, ValidationFailed
+from hookwright.storage._connections import commits_alone
 from hookwright.storage.sqlite import _enqueue, _schema
 from hookwright.storage.sqlite._owner import DRIVER_ERRORS, convert_callers
 
@@ -44,9 +45,7 @@ class Callers:
             await self._admit(connection)
             [[revision]] = await connection.fetch(_LOCK)
             if not connection.in_transaction:  # and so nothing but the lock was taken, and given back
-                raise ValidationFailed(
-                    "connection", "it commits each statement by itself: begin a transaction on it first"
-                )
+                raise commits_alone()
             return await _all_or_none(connection, waiting, int(revision), now)
         except DRIVER_ERRORS as error:
             raise convert_callers(error) from error
