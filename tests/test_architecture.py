@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "hookwright"
 # WITHIN_A_LINE names. Lines 0 to 2 are L0 of docs/design.md, 3 to 5 L1, 6 to 7 L2, 8 to 11 L3, 12 L4, the rest L5.
 LINES = [
     ["_errors", "_version", "storage.sql", "transport", "storage"],
-    ["_clock", "_deadlines", "_pace", "_ids", "_secret", "_addresses", "_certificate"],
+    ["_clock", "_deadlines", "_pace", "_ids", "_secret", "_addresses", "_certificate", "storage._connections"],
     ["_health", "_conditions"],
     ["_models"],
     ["_envelope", "_signing", "_observe", "_vault", "transport._base", "storage._base"],
@@ -38,7 +38,13 @@ LINES = [
     ["storage.postgres._claim", "storage.postgres._emits", "storage.postgres._requeue", "storage.postgres._settle"],
     ["storage.postgres"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
-    ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
+    [
+        "storage.sqlite._callers",
+        "storage.sqlite._release",
+        "storage.sqlite._settle",
+        "transport.httpx",
+        "transport.direct",
+    ],
     ["storage.sqlite._requeue"],
     ["storage.sqlite"],
     ["_prepare", "_endpoint_fields", "_endpoint_views"],
