@@ -39,7 +39,7 @@ LINES = [
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     ["storage.sqlite._release", "storage.sqlite._settle", "transport.httpx", "transport.direct"],
     ["storage.sqlite._requeue"],
-    ["storage.sqlite"],
+    ["storage.postgres", "storage.sqlite"],
     ["_prepare", "_endpoint_fields", "_endpoint_views"],
     ["_blank"],
     ["_delivery"],
