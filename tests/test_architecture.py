@@ -52,7 +52,7 @@ LINES = [
         "transport.direct",
     ],
     ["storage.sqlite._requeue"],
-    ["storage.sqlite"],
+    ["storage.postgres", "storage.sqlite"],
     ["_prepare", "_endpoint_fields", "_endpoint_views"],
     ["_blank"],
     ["_delivery"],
