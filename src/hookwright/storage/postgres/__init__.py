@@ -107,8 +107,9 @@ class PostgresStorage(Storage):
         self._poll_only = poll_only
         self._connections = connections
         self._shared = shared_concurrency
-        # Whoever knows the number can look whether this process is alive: see acquire.
-        self._owner = random.SystemRandom().getrandbits(62)
+        # By its number others see whether this process is alive (see acquire); by one below 0 nobody does.
+        owner = random.SystemRandom().getrandbits(62)
+        self._owner = -owner if poll_only else owner
         self._open: _Open | None = None
         self._closing: asyncio.Event = asyncio.Event()
         self._closed: asyncio.Task[None] | None = None
