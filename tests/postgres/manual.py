@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """A PostgresStorage whose time is set by hand, for the contract suite."""
 
 from __future__ import annotations
@@ -6,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import asyncpg
+
 from hookwright.storage.postgres import PostgresStorage
 
 if TYPE_CHECKING:

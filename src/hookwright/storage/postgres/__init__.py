@@ -181,9 +181,10 @@ class PostgresStorage(Storage):
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
-        pool = self._opened().pool
+        opened = self._opened()
         if not self._freed:
-            await pool.run(_release.free_leases, patience=PATIENCE)
+            alone = opened.listener is not None and await opened.listener.alone()
+            await opened.pool.run(partial(_release.free_leases, alone=alone), patience=PATIENCE)
             self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True
 

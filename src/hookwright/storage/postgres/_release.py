@@ -62,10 +62,10 @@ async def release(database: Database, leases: Sequence[Lease], *, sent: bool, ho
 
 # Those whose last attempt succeeded are proven, with room for one: else all would share the half of the slots that is
 # left for whoever hangs. The server's clock may have been set back: no turn, hold or limit reaches further than it
-# could now. $1 is now, $2 the turn.
+# could now. $1 is now, $2 the turn, $4 whether nobody else delivers.
 _RATE_MOST = f"$1::bigint + greatest(rate_interval, {SECOND})"
 _AHEAD = {
-    "earned": ("earned <> (last_success IS TRUE)::integer", "(last_success IS TRUE)::integer"),
+    "earned": ("$4::bool AND earned <> (last_success IS TRUE)::integer", "(last_success IS TRUE)::integer"),
     "due_at": (f"due_at > $2::bigint AND due_at < {TURNS_END}", "$2::bigint"),
     "hold_until": (f"hold_until > $1::bigint + {HOLD_MOST} AND hold_until < {FOREVER}", f"$1::bigint + {HOLD_MOST}"),
     "failing_since": (
@@ -84,12 +84,13 @@ _SET_BACK = ", ".join(
 )
 
 
-async def free_leases(database: Database) -> None:
+async def free_leases(database: Database, *, alone: bool) -> None:
     """What whoever begins to deliver does: the rows of the dead are due at once, and nobody has earned more than 1.
 
-    Who lives holds the advisory lock of its number, in another session than this.
+    Who lives holds the advisory lock of its number, in another session than this; those with numbers below 0 do not
+    show it. `alone`: no other process has the storage open, so that what endpoints have earned begins anew.
     """
-    owners = await database.fetch("SELECT DISTINCT owner FROM hookwright.lease")
+    owners = await database.fetch("SELECT DISTINCT owner FROM hookwright.lease WHERE owner > 0")
     # By a list of values: there the lock is tried once for each, and for nobody else.
     dead = await database.fetch(
         "SELECT owner FROM unnest($1::bigint[]) AS o (owner) WHERE pg_try_advisory_xact_lock(owner)",
@@ -103,6 +104,7 @@ async def free_leases(database: Database) -> None:
         now,
         now >> TURN_BITS,
         of_dead,
+        alone,
     )
     if not lanes:
         return
@@ -120,6 +122,7 @@ async def free_leases(database: Database) -> None:
         now,
         now >> TURN_BITS,
         endpoints,
+        alone,
     )
 
 
