@@ -122,13 +122,15 @@ class Deliveries:
 
     async def run(self) -> Counted:
         """Return the figures when all has arrived and all have ended."""
-        with tempfile.TemporaryDirectory(prefix="hookwright-stress-") as folder:
-            with receiving(Path(folder) / "requests.log", seed=1) as receiver:
-                await self._create(f"http://127.0.0.1:{receiver.port}/")
-                counted = Counted()
-                async with asyncio.timeout(ENDS_WITHIN):
-                    counted.seconds = await self._let_them(receiver)
-                self._count(receiver)
+        counted = Counted()
+        with (
+            tempfile.TemporaryDirectory(prefix="hookwright-stress-") as folder,
+            receiving(Path(folder) / "requests.log", seed=1) as receiver,
+        ):
+            await self._create(f"http://127.0.0.1:{receiver.port}/")
+            async with asyncio.timeout(ENDS_WITHIN):
+                counted.seconds = await self._let_them(receiver)
+            self._count(receiver)
         await self._judge(counted)
         return counted
 

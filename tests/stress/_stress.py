@@ -172,6 +172,7 @@ class Stress:
             if endpoint.state is EndpointState.PAUSED and not endpoint.deleted:
                 await storage.set_endpoint_state(endpoint.id, EndpointState.ACTIVE, reason=None)
         until = time.monotonic() + DRAIN_WITHIN
+        self._say(f"all have ended after {time.monotonic() - self._begun:.0f} s; left: {await storage.backlog()}")
         while (await storage.backlog()).pending:
             if time.monotonic() > until:
                 self.figures.broken.append(f"it does not drain: {await storage.backlog()}")

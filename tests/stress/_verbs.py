@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hookwright import Clock, ConflictError, DeliveryState, EndpointState, NewEvent, NotFound
 from hookwright._clock import SECOND
@@ -59,7 +59,7 @@ _ENDED = (DeliveryState.FAILED, DeliveryState.CANCELLED, DeliveryState.SKIPPED, 
 class Hands:
     """Uses one storage, and one dispatcher, at random."""
 
-    STORAGE = {
+    STORAGE: ClassVar[dict[str, float]] = {
         "emit": 20,
         "emit_many": 5,
         "claim": 25,
@@ -79,7 +79,7 @@ class Hands:
         "read": 4,
         "scrub": 0.05,
     }
-    DISPATCHER = {"dispatch": 10, "dispatch_many": 3, "health": 1}
+    DISPATCHER: ClassVar[dict[str, float]] = {"dispatch": 10, "dispatch_many": 3, "health": 1}
 
     def __init__(self, storage: Storage, dispatcher: Dispatcher, chance: random.Random) -> None:
         self._storage = storage
