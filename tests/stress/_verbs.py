@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ENDPOINTS = (12, 24)
 """So many there are, at least and at most."""
 
+TYPES = 12
+
 KEYS = 300
 """Idempotency keys that all processes share, in each minute."""
 
@@ -121,6 +123,9 @@ class Hands:
         event_id = f"evt_stress_{new_id('', now)[1:]}_{len(rows)}_{count}"
         return Emission(EventRow(event_id, "stress.direct", b"{}", now, idempotency_key=key, digest=digest), rows)
 
+    def _type(self) -> str:
+        return f"stress.{self._chance.randrange(TYPES)}"
+
     async def emit(self) -> None:
         await self._fresh(lambda: self._storage.enqueue(*self._emission(), endpoints_revision=self._revision))
 
@@ -146,7 +151,7 @@ class Hands:
             await transaction.start()
             try:
                 for _ in range(self._chance.randrange(1, 4)):
-                    await self._dispatcher.emit("stress.app", {"n": 1}, connection=connection)
+                    await self._dispatcher.emit(self._type(), {"n": 1}, connection=connection)
                 if self._chance.random() < 0.3:
                     with contextlib.suppress(StaleEndpoints):
                         await self._storage.enqueue(
@@ -182,7 +187,7 @@ class Hands:
 
     async def dispatch_many(self) -> None:
         await self._dispatcher.emit_many(
-            [NewEvent("stress.many", {"n": n}) for n in range(self._chance.randrange(1, 20))]
+            [NewEvent(self._type(), {"n": n}) for n in range(self._chance.randrange(1, 20))]
         )
 
     async def health(self) -> None:
@@ -281,7 +286,7 @@ class Hands:
                 # Names that others give at the same time.
                 f"ep_{now // SECOND}_{self._chance.randrange(4)}",
                 "https://receiver.example/hooks",
-                ("stress.*", "hookwright.*")[: self._chance.choice((1, 2))],
+                (self._type(), "hookwright.*")[: self._chance.choice((1, 1, 2))],
                 now,
                 now,
                 keys=(_SECRET,),
