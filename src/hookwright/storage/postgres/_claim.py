@@ -70,11 +70,16 @@ _BY_TIME = (f"{_READY} >= {TURNS_END} AND {_READY} <= $1::bigint", f"{_READY} >>
 _LANES = f"""
 WITH a AS {_head("true", *_BY_TURN, "$2::int")}, b AS {_head("true", *_BY_TIME, "$2::int")},
 c AS {_head("false", *_BY_TURN, "$3::int")}, d AS {_head("false", *_BY_TIME, "$3::int")}
-SELECT l.endpoint_id, l.earned, l.cap, l.rate_interval, l.rate_at, CASE WHEN $4::bigint IS NOT NULL THEN (
-    SELECT count(*) FROM hookwright.lease WHERE endpoint_id = l.endpoint_id AND until > $1 AND owner <> $4
-) END FROM (
+SELECT l.endpoint_id, l.earned, l.cap, l.rate_interval, l.rate_at FROM (
     SELECT * FROM a UNION ALL SELECT * FROM b UNION ALL SELECT * FROM c UNION ALL SELECT * FROM d
 ) AS l ORDER BY l.turn, l.endpoint_id
+"""
+
+# After the lock: a statement that locks a row sees what it was when it is locked, but other rows as they were before.
+_ELSEWHERE = """
+SELECT l.endpoint_id, (
+    SELECT count(*) FROM hookwright.lease WHERE endpoint_id = l.endpoint_id AND until > $2::bigint AND owner <> $3
+) FROM unnest($1::text[]) AS l (endpoint_id)
 """
 
 # Three walks along an index for each lane: rows for now, rows by time, and leases that have ended.
@@ -206,15 +211,16 @@ class _Claiming:
             self._now,
             request.limit + busy,
             min(request.limit, request.unproven_limit) + busy,
-            self._owner if shared else None,
         )
         self.seen.update(row[0] for row in rows)
-        lanes = []
-        for endpoint_id, earned, cap, rate_interval, rate_at, elsewhere in rows:
-            left = (cap or request.endpoint_concurrency) - (elsewhere or 0)
-            if left > 0:
-                lanes.append(Ready(endpoint_id, earned, left if elsewhere else cap, rate_interval, rate_at))
-        return lanes
+        lanes = [Ready(*row) for row in rows]
+        return await self._with_room_beside_others(lanes) if shared else lanes
+
+    async def _with_room_beside_others(self, lanes: Sequence[Ready]) -> list[Ready]:
+        found = await self._database.fetch(_ELSEWHERE, [lane.endpoint_id for lane in lanes], self._now, self._owner)
+        elsewhere = {row[0]: row[1] for row in found}
+        left = {lane: (lane.cap or self._request.endpoint_concurrency) - elsewhere[lane.endpoint_id] for lane in lanes}
+        return [lane._replace(cap=room) for lane, room in left.items() if room > 0]
 
     async def serve(self, lanes: Sequence[Ready]) -> bool:
         """Serve these lanes in turn, as far as there is room; say whether one turned out to be early, or closed."""
