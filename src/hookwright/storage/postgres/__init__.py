@@ -258,7 +258,7 @@ class PostgresStorage(Storage):
         tokens = {outcome.token for outcome in outcomes}
         opened, unknown = self._opened(), self._unknown & tokens
         settle = partial(
-            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel()
+            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel
         )
         try:
             answers = await opened.pool.run(settle, first=True)
