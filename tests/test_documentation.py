@@ -39,9 +39,13 @@ SNIPPETS = _snippets()
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-async def test_an_example_in_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_example_in_the_documentation_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
     snippet = SNIPPETS[name]
+    if "DATABASE_URL" in snippet:
+        monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_database"))
     if "fastapi" in snippet:
         compile(snippet, name, "exec")  # an application's own framework; the lifespan itself is run in examples/
         return
