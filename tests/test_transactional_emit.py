@@ -360,13 +360,14 @@ async def test_memory_has_no_transaction_to_emit_in(app: App) -> None:
 # -- one writer at a time -------------------------------------------------------------------------------------------
 
 
-async def test_a_transaction_that_read_too_early_is_told_to_begin_immediate(app: App) -> None:
-    async with aiosqlite.connect(app.path, isolation_level=None) as connection:
+async def test_a_transaction_that_read_too_early_is_told_to_begin_immediate(tmp_path: Path) -> None:
+    app = App(tmp_path / "quiet.db", FakeTransport())
+    async with app.another(deliver=False) as dispatcher, explicit(app.path) as connection:
         await connection.execute("BEGIN")
-        await connection.execute_fetchall("SELECT * FROM orders")
-        await app.dispatcher.emit("order.paid")
+        await connection.execute_fetchall("SELECT * FROM sqlite_master")
+        await dispatcher.emit("order.paid")
         with pytest.raises(StorageBusy, match=r"somebody else has written.*BEGIN IMMEDIATE"):
-            await app.dispatcher.emit("order.placed", connection=connection)
+            await dispatcher.emit("order.placed", connection=connection)
         assert connection.in_transaction
     assert len(await app.seen()) == 1
 
