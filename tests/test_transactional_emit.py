@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import time
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from hookwright import (
     NewEvent,
     NotFound,
     StorageBusy,
+    StorageError,
     ValidationFailed,
 )
 from hookwright.storage.sqlite._schema import resets_the_log_safely
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Finish = Callable[[], Awaitable[None]]
+
+
+CANARY = "in-no-exception"
 
 
 @pytest.fixture
@@ -173,6 +178,16 @@ async def test_transactions_without_a_pause_between_them_are_delivered_one_by_on
             await app.delivered(receipt.event_id)
 
 
+async def test_the_watch_ends_although_the_driver_has_begun_the_next_transaction(app: App) -> None:
+    async with aiosqlite.connect(app.path, isolation_level=None) as connection:
+        await connection.execute("BEGIN IMMEDIATE")
+        receipt = await app.dispatcher.emit("order.placed", connection=connection)
+        await connection.executescript("BEGIN")  # as with Python 3.12's autocommit=False
+        await app.delivered(receipt.event_id)
+        await until(lambda: not app.dispatcher._emitter._watching)
+        assert connection.in_transaction
+
+
 async def test_a_transaction_is_watched_by_one_task_which_ends_with_it(app: App, connection: Any) -> None:
     await begin(connection)
     for _ in range(5):
@@ -282,14 +297,16 @@ async def test_a_conflict_leaves_the_transaction_as_it_was(app: App, connection:
     await app.delivered(kept.event_id)
 
 
-async def test_what_fails_midway_leaves_nothing_of_ours(app: App, connection: Any) -> None:
+@pytest.mark.parametrize("table", ["event", "delivery"])
+async def test_what_fails_midway_leaves_nothing_of_ours(app: App, connection: Any, table: str) -> None:
     await app.seen(  # something between event and deliveries that fails
-        "CREATE TRIGGER broken BEFORE INSERT ON hookwright_delivery BEGIN SELECT RAISE(FAIL, 'no'); END"
+        f"CREATE TRIGGER broken BEFORE INSERT ON hookwright_{table} BEGIN SELECT RAISE(FAIL, 'no'); END"
     )
     await begin(connection)
     await run(connection, ORDER)
-    with pytest.raises(Exception, match="no"):
-        await app.dispatcher.emit("order.placed", connection=connection)
+    with pytest.raises(StorageError, match="no") as caught:
+        await app.dispatcher.emit("order.placed", {"data": CANARY}, connection=connection)
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
     await connection.commit()
     assert await app.orders() == ["tea"]
     assert await app.seen() == []
