@@ -46,13 +46,13 @@ async def test_an_example_in_the_documentation_runs(
     snippet = SNIPPETS[name]
     if "DATABASE_URL" in snippet:
         monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_database"))
-    if "fastapi" in snippet:
+    if "fastapi" in snippet and "asyncio.run(" not in snippet:
         compile(snippet, name, "exec")  # an application's own framework; the lifespan itself is run in examples/
         return
     if "asyncio.run(" in snippet:  # a program
-        await asyncio.to_thread(exec, compile(snippet, name, "exec"), {"__name__": "__main__"})
+        await asyncio.to_thread(exec, compile(snippet, name, "exec", dont_inherit=True), {"__name__": "__main__"})
         return
-    code = compile(snippet, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(snippet, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     done = eval(code, {"__name__": "example"})
     if inspect.iscoroutine(done):
         await asyncio.wait_for(done, 20)
