@@ -210,14 +210,30 @@ class Pool:
             try:
                 await connection.execute("COMMIT")
             except BaseException as error:
-                connection.terminate()
+                _give_up(connection)
                 if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
                     raise CommitLost("the connection to PostgreSQL broke in a commit") from error
                 raise
             self.transactions += 1
             return answer
         finally:
-            await pool.release(connection)
+            await _release(pool, connection)
+
+
+def _give_up(connection: Any) -> None:
+    """Close a connection at once; one that was lost is the pool's no more, and says so."""
+    with contextlib.suppress(Exception):
+        connection.terminate()
+
+
+async def _release(pool: Any, connection: Any) -> None:
+    """Give a connection back; whatever goes wrong with it then does not change what became of the transaction."""
+    try:
+        await pool.release(connection)
+    except BaseException as error:
+        _give_up(connection)
+        if not isinstance(error, Exception):
+            raise
 
 
 async def _roll_back(connection: Any, error: BaseException) -> None:
@@ -229,7 +245,10 @@ async def _roll_back(connection: Any, error: BaseException) -> None:
                 return
         except Exception:  # noqa: BLE001, S110  # then it is given up
             pass
-    connection.terminate()
+        except BaseException:
+            _give_up(connection)
+            raise
+    _give_up(connection)
 
 
 async def _keep(connection: Any) -> None:
