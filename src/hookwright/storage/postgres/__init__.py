@@ -144,7 +144,7 @@ class PostgresStorage(Storage):
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
         try:
             await pool.open()
-            identity = await pool.run(partial(_schema.migrate, names=self._names))
+            identity = await pool.run(partial(_schema.migrate, names=self._names), patience=PATIENCE)
             if listener is not None:
                 await listener.open()
         except BaseException:
@@ -214,7 +214,7 @@ class PostgresStorage(Storage):
         waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
         if connection is not None:
             return await self._enqueue_through(connection, waiting)
-        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, PATIENCE, enqueue_all))
+        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, enqueue=enqueue_all))
 
     async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
         check_kind(connection, "postgres", self)
@@ -224,7 +224,8 @@ class PostgresStorage(Storage):
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
         pool = self._opened().pool
         if self._writing:
-            await asyncio.wait(set(self._writing), timeout=_BARRIER)
+            _, late = await asyncio.wait(set(self._writing), timeout=_BARRIER)
+            self._writing -= late  # the next claim does not wait for them again
         await self._give_back_lost(pool)
         token, begun = _claim.claim_token(), self._now()
         claiming = asyncio.ensure_future(self._claim(pool, request, token))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from hookwright._errors import (
     ConfigurationError,
@@ -128,18 +128,24 @@ class Pool:
             pool.terminate()
 
     async def run(
-        self, operation: Operation[T], *, first: bool = False, durable: bool = True, patience: float = 0.0
+        self,
+        operation: Operation[T],
+        *,
+        first: bool = False,
+        durable: bool = True,
+        patience: float = 0.0,
+        lock_limit: int | None = None,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed.
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good. While
         the server cannot be reached it is repeated for `patience` seconds, and so it is when another transaction was in
-        the way. `durable=False`: a crash of the server may forget it. Raises StorageError; CommitLost when the
-        connection broke in the commit.
+        the way, unless `lock_limit` (milliseconds) says how long it may wait for one. `durable=False`: a crash of the
+        server may forget it. Raises StorageError; CommitLost when the connection broke in the commit.
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
-        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience))
+        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience, lock_limit))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -154,34 +160,38 @@ class Pool:
         if not task.cancelled():
             task.exception()  # its caller may be gone
 
-    async def _run(self, operation: Operation[T], first: bool, durable: bool, patience: float) -> T:
+    async def _run(
+        self, operation: Operation[T], first: bool, durable: bool, patience: float, lock_limit: int | None
+    ) -> T:
         begin = self._begin()
         if self._pooler:
             settings = SETTINGS | _TUNED if first else SETTINGS
             begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
         if not durable:
             begin += "; SET LOCAL synchronous_commit = off"
+        if lock_limit is not None:
+            begin += f"; SET LOCAL lock_timeout = {lock_limit}"
+
+        def repeatable(error: BaseException) -> bool:
+            if isinstance(error, StorageBusy):
+                return lock_limit is None
+            return isinstance(error, StorageUnavailable) and not isinstance(error, CommitLost)
+
         try:
             return await self._attempt(operation, begin, first)
-        except CommitLost:
-            raise
-        except (StorageUnavailable, StorageBusy):
-            if not patience:
+        except StorageError as error:
+            if not patience or not repeatable(error):
                 raise
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),
+            retry=retry_if_exception(repeatable),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
             stop=stop_after_delay(patience),
             sleep=self._pause,
             reraise=True,
         ):
             with attempt:
-                try:
-                    return await self._attempt(operation, begin, first)
-                except CommitLost as error:
-                    lost = error
-                    break
-        raise lost
+                return await self._attempt(operation, begin, first)
+        raise AssertionError("it has returned or raised")
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -212,7 +222,9 @@ class Pool:
             except BaseException as error:
                 _give_up(connection)
                 if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
-                    raise CommitLost("the connection to PostgreSQL broke in a commit") from error
+                    raise CommitLost(
+                        "the connection to PostgreSQL broke in a commit: it may or may not be done"
+                    ) from error
                 raise
             self.transactions += 1
             return answer
