@@ -144,7 +144,7 @@ class PostgresStorage(Storage):
         self._closing.clear()
         pool = Pool(self._dsn, self._names, size=self._connections, cached=not self._poll_only, begin=self._begin)
         channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
-        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
+        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
         try:
             await pool.open()
             identity = await pool.run(partial(_schema.migrate, names=self._names))
@@ -333,7 +333,7 @@ class PostgresStorage(Storage):
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
-        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id))
+        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id), patience=PATIENCE)  # emits ask it
 
     async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
         """See `Storage.list_endpoints`."""
@@ -341,7 +341,8 @@ class PostgresStorage(Storage):
 
     async def changes(self, since_revision: int) -> Changes:
         """See `Storage.changes`."""
-        return await self._read(partial(_endpoints.changes, since_revision=since_revision), first=True)
+        changes = partial(_endpoints.changes, since_revision=since_revision)
+        return await self._read(changes, first=True, patience=PATIENCE)  # emits wait for it
 
     # -- history ------------------------------------------------------------------------------------------------
 
@@ -407,8 +408,10 @@ class PostgresStorage(Storage):
     def _now(self) -> int:
         return self._opened().clock.now()
 
-    async def _read(self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False) -> T:
-        return await self._opened().pool.run(operation, first=first)
+    async def _read(
+        self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = 0.0
+    ) -> T:
+        return await self._opened().pool.run(operation, first=first, reads=True, patience=patience)
 
     async def _write(
         self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = PATIENCE

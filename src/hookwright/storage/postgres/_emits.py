@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from hookwright._errors import CommitUnknown, HookwrightError, StorageClosed, StorageError, StorageUnavailable
+from hookwright._errors import (
+    CommitUnknown,
+    HookwrightError,
+    StorageBusy,
+    StorageClosed,
+    StorageError,
+    StorageUnavailable,
+)
 from hookwright.storage.postgres._enqueue import Emitted, enqueue, mark_own
 from hookwright.storage.postgres._pool import PATIENCE, CommitLost, closed
 
@@ -157,13 +164,13 @@ async def store_all(
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.
     try:
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((CommitLost, StorageUnavailable)),
+            retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),  # the lost one may still hold locks
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
             stop=stop_after_delay(patience),
             reraise=True,
         ):
             with attempt:
-                return await pool.run(store_again, first=True, patience=patience)
+                return await pool.run(store_again, first=True)
     except StorageError as error:
         raise CommitUnknown(group[0].event.id) from error
     raise AssertionError("unreachable")

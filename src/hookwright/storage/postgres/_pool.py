@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from hookwright._errors import (
     ConfigurationError,
@@ -40,11 +42,16 @@ CONNECT_LIMIT = 5.0
 TRANSACTION_LIMIT = 12.0
 """Seconds after which a transaction is given up, with its connection: half-open ones answer never."""
 
+ANSWER_LIMIT = 5.0
+"""Seconds for the answer to BEGIN: a connection that takes longer is half-open, and all idle ones may be."""
+
 PATIENCE = 10.0
 """Seconds for which a verb is repeated while the server cannot be reached."""
 
 CLOSING_LIMIT = 0.3
 """Seconds that transactions under way have left when the storage is closed."""
+
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 14_000}
 
 _RESERVED = 3
 """Connections that only emit, claim and settle may use, so that nobody's history holds them up."""
@@ -75,6 +82,8 @@ class Pool:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
         self._foreign: tuple[type[Exception], ...] = ()
+        self._made: dict[int, Any] = {}
+        self._busy: set[int] = set()
         self.pids: set[int] = set()
         self.transactions = 0
 
@@ -101,7 +110,19 @@ class Pool:
     async def _note(self, connection: Any) -> None:
         pid = connection.get_server_pid()
         self.pids.add(pid)
-        connection.add_termination_listener(lambda _: self.pids.discard(pid))
+        self._made[pid] = connection
+        connection.add_termination_listener(lambda _: self._forget(pid))
+        keep_alive(connection)
+
+    def _forget(self, pid: int) -> None:
+        self.pids.discard(pid)
+        self._made.pop(pid, None)
+
+    def suspect(self) -> None:
+        """Close what is idle: a connection of this process was found half-open, and these may be, too."""
+        for pid, connection in list(self._made.items()):
+            if pid not in self._busy:
+                _give_up(connection)
 
     async def close(self) -> None:
         """Let what is under way end, for a moment, and disconnect."""
@@ -119,9 +140,15 @@ class Pool:
             pool.terminate()
 
     async def run(
-        self, operation: Operation[T], *, first: bool = False, durable: bool = True, patience: float = 0.0
+        self,
+        operation: Operation[T],
+        *,
+        first: bool = False,
+        durable: bool = True,
+        reads: bool = False,
+        patience: float = 0.0,
     ) -> T:
-        """Run a function in a transaction, and return what it returned once that is committed.
+        """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good. While
         the server cannot be reached it is repeated for `patience` seconds, and so it is when another transaction was in
@@ -130,7 +157,7 @@ class Pool:
         """
         if self._pool is None or self._closing.is_set():
             raise closed()
-        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience))
+        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, reads, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -145,50 +172,49 @@ class Pool:
         if not task.cancelled():
             task.exception()  # its caller may be gone
 
-    async def _run(self, operation: Operation[T], first: bool, durable: bool, patience: float) -> T:
+    async def _run(self, operation: Operation[T], first: bool, durable: bool, reads: bool, patience: float) -> T:
         begin = self._begin() + (_TUNED if first else "") + ("" if durable else "; SET LOCAL synchronous_commit = off")
+        began = time.monotonic()
         try:
-            return await self._attempt(operation, begin, first)
-        except CommitLost:
-            raise
-        except (StorageUnavailable, StorageBusy):
-            if not patience:
+            return await self._attempt(operation, begin, first, reads)
+        except (StorageUnavailable, StorageBusy) as error:
+            if not patience or isinstance(error, CommitLost):
                 raise
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),
+            retry=retry_if_exception(_may_be_repeated),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(patience),
+            stop=stop_after_delay(patience - (time.monotonic() - began)),
             sleep=self._pause,
             reraise=True,
         ):
             with attempt:
-                try:
-                    return await self._attempt(operation, begin, first)
-                except CommitLost as error:
-                    lost = error
-                    break
-        raise lost
+                return await self._attempt(operation, begin, first, reads)
+        raise AssertionError("unreachable")
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), seconds)
             raise closed()
 
-    async def _attempt(self, operation: Operation[T], begin: str, first: bool) -> T:
+    async def _attempt(self, operation: Operation[T], begin: str, first: bool, reads: bool) -> T:
         try:
             async with contextlib.nullcontext() if first else self._side, asyncio.timeout(TRANSACTION_LIMIT):
-                return await self._transaction(operation, begin)
+                return await self._transaction(operation, begin, reads)
         except self._foreign as error:
+            if isinstance(error, TimeoutError):
+                self.suspect()
             raise convert(error) from error
 
-    async def _transaction(self, operation: Operation[T], begin: str) -> T:
+    async def _transaction(self, operation: Operation[T], begin: str, reads: bool) -> T:
         pool = self._pool
         if pool is None:
             raise closed()
         connection = await pool.acquire()
+        pid = connection.get_server_pid()
+        self._busy.add(pid)
         try:
             try:
-                await connection.execute(begin)
+                await connection.execute(begin, timeout=ANSWER_LIMIT)
                 answer = await operation(Database(connection, self._names))
             except BaseException as error:
                 await _roll_back(connection, error)
@@ -197,13 +223,34 @@ class Pool:
                 await connection.execute("COMMIT")
             except BaseException as error:
                 _give_up(connection)
+                if isinstance(error, (TimeoutError, asyncio.CancelledError)):
+                    self.suspect()
+                if reads and isinstance(error, self._foreign):
+                    return answer  # it was read, whatever becomes of the connection
                 if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
                     raise CommitLost("the connection to PostgreSQL broke in a commit") from error
                 raise
             self.transactions += 1
             return answer
         finally:
+            self._busy.discard(pid)
             await _release(pool, connection)
+
+
+def _may_be_repeated(error: BaseException) -> bool:
+    return isinstance(error, (StorageUnavailable, StorageBusy)) and not isinstance(error, CommitLost)
+
+
+def keep_alive(connection: Any) -> None:
+    """Have the kernel ask whether the other side is still there: it has 14 s to say so."""
+    transport = getattr(connection, "_transport", None)
+    one = None if transport is None else transport.get_extra_info("socket")
+    if one is None or one.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not every system has each
+            one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _give_up(connection: Any) -> None:
