@@ -14,8 +14,8 @@ from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
-from hookwright.storage.postgres._emits import Emits, Notifier, store_all
-from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
+from hookwright.storage.postgres._emits import Emits, Notifier
+from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.storage.postgres._listener import Listener
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, PATIENCE, CommitLost, Pool, closed
 
@@ -217,7 +217,7 @@ class PostgresStorage(Storage):
         waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
         if connection is not None:
             return await self._enqueue_through(connection, waiting)
-        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, PATIENCE, enqueue_all))
+        return await self._wrote(parts.emits.store_together(waiting))
 
     async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
         check_kind(connection, "postgres", self)

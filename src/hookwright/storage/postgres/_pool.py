@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -62,6 +63,9 @@ _TUNED = (
     "; SET LOCAL plan_cache_mode = force_generic_plan"
 )
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
+
+_HURRIED = "; SET LOCAL lock_timeout = 50"
+"""As long as a commit that is under way may take."""
 
 
 class CommitLost(StorageUnavailable):
@@ -146,6 +150,7 @@ class Pool:
         first: bool = False,
         durable: bool = True,
         reads: bool = False,
+        hurried: bool = False,
         patience: float = 0.0,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
@@ -157,7 +162,10 @@ class Pool:
         """
         if self._pool is None or self._closing.is_set():
             raise closed()
-        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, reads, patience))
+        begin = self._begin() + (_TUNED if first else "") + ("" if durable else "; SET LOCAL synchronous_commit = off")
+        attempt = partial(self._attempt, operation, begin + (_HURRIED if hurried else ""), first, reads)
+        passing = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
+        task = asyncio.get_running_loop().create_task(self._run(attempt, passing, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -172,23 +180,24 @@ class Pool:
         if not task.cancelled():
             task.exception()  # its caller may be gone
 
-    async def _run(self, operation: Operation[T], first: bool, durable: bool, reads: bool, patience: float) -> T:
-        begin = self._begin() + (_TUNED if first else "") + ("" if durable else "; SET LOCAL synchronous_commit = off")
+    async def _run(
+        self, run: Callable[[], Awaitable[T]], passing: tuple[type[StorageError], ...], patience: float
+    ) -> T:
         began = time.monotonic()
         try:
-            return await self._attempt(operation, begin, first, reads)
-        except (StorageUnavailable, StorageBusy) as error:
+            return await run()
+        except passing as error:
             if not patience or isinstance(error, CommitLost):
                 raise
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception(_may_be_repeated),
+            retry=retry_if_exception(lambda error: isinstance(error, passing) and not isinstance(error, CommitLost)),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
             stop=stop_after_delay(patience - (time.monotonic() - began)),
             sleep=self._pause,
             reraise=True,
         ):
             with attempt:
-                return await self._attempt(operation, begin, first, reads)
+                return await run()
         raise AssertionError("unreachable")
 
     async def _pause(self, seconds: float) -> None:
@@ -235,10 +244,6 @@ class Pool:
         finally:
             self._busy.discard(pid)
             await _release(pool, connection)
-
-
-def _may_be_repeated(error: BaseException) -> bool:
-    return isinstance(error, (StorageUnavailable, StorageBusy)) and not isinstance(error, CommitLost)
 
 
 def keep_alive(connection: Any) -> None:
