@@ -1,4 +1,4 @@
-"""A commit whose answer never comes: `emit` finds out what became of it, or says that nobody knows; never two events."""
+"""A commit whose answer never comes: `emit` finds out what became of it, or says that nobody knows. Never twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import asyncpg
 import pytest
 
 from hookwright import CommitUnknown, Dispatcher, NewEvent, StorageUnavailable
-from hookwright.storage import postgres
 from hookwright.storage.postgres import PostgresStorage, _emits
 from hookwright.testing import FakeTransport
 from tests.conftest import URL, until
@@ -148,7 +147,6 @@ async def test_each_of_several_is_told_its_own_id(
     proxy: Proxy, postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch, many: bool
 ) -> None:
     monkeypatch.setattr(_emits, "PATIENCE", PATIENCE)
-    monkeypatch.setattr(postgres, "PATIENCE", PATIENCE)
     async with emitting(proxy, postgres_schema) as dispatcher:
         proxy.on_message = unreachable_from(proxy, "COMMIT", Action.CUT_AFTER)
         ids = [f"evt_{number}" for number in range(5)]
