@@ -35,6 +35,7 @@ _AGAIN_MOST = 30.0
 _STANDBY_INTERVAL = 1.0
 _RETENTION_INTERVAL = 3600.0
 _WATCH_TIMEOUT = 3600.0
+_HINT_PAUSE = 0.2
 
 
 class Services:
@@ -166,6 +167,9 @@ class Services:
         while True:
             if await self._guarded("watch", lambda: self._storage.wait(_WATCH_TIMEOUT)):
                 self.endpoints_changed()
+                if self._worker.is_failing:  # the storage may be well again
+                    await self._clock.sleep(_HINT_PAUSE)
+                    self._worker.look_now()
 
     async def _sweep_when_asked(self) -> None:
         while True:

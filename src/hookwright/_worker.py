@@ -145,6 +145,15 @@ class Worker:
         """Look for work now."""
         self._wake.set()
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last look for work failed."""
+        return self._failures > 0
+
+    def look_now(self) -> None:
+        """Look for work now, though the last look failed a moment ago."""
+        self._asked.set()
+
     def note_stored(self) -> None:
         """Look again in a while, unless a claim is asked for until then: what was stored may have been overtaken by it.
 

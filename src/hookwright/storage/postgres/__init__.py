@@ -14,8 +14,8 @@ from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
-from hookwright.storage.postgres._emits import Emits, Notifier, store_all
-from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
+from hookwright.storage.postgres._emits import Emits, Notifier
+from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.storage.postgres._listener import Listener
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
 
@@ -141,7 +141,7 @@ class PostgresStorage(Storage):
         self._closing.clear()
         pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, begin=self._begin)
         channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
-        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
+        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
         try:
             await pool.open()
             identity = await pool.run(partial(_schema.migrate, names=self._names), patience=PATIENCE)
@@ -214,7 +214,7 @@ class PostgresStorage(Storage):
         waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
         if connection is not None:
             return await self._enqueue_through(connection, waiting)
-        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, enqueue=enqueue_all))
+        return await self._wrote(parts.emits.store_together(waiting))
 
     async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
         check_kind(connection, "postgres", self)
@@ -331,7 +331,7 @@ class PostgresStorage(Storage):
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
-        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id))
+        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id), patience=PATIENCE)  # emits ask it
 
     async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
         """See `Storage.list_endpoints`."""
@@ -339,7 +339,8 @@ class PostgresStorage(Storage):
 
     async def changes(self, since_revision: int) -> Changes:
         """See `Storage.changes`."""
-        return await self._read(partial(_endpoints.changes, since_revision=since_revision), first=True)
+        changes = partial(_endpoints.changes, since_revision=since_revision)
+        return await self._read(changes, first=True, patience=PATIENCE)  # emits wait for it
 
     # -- history ------------------------------------------------------------------------------------------------
 
@@ -405,8 +406,10 @@ class PostgresStorage(Storage):
     def _now(self) -> int:
         return self._opened().clock.now()
 
-    async def _read(self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False) -> T:
-        return await self._opened().pool.run(operation, first=first)
+    async def _read(
+        self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = 0.0
+    ) -> T:
+        return await self._opened().pool.run(operation, first=first, reads=True, patience=patience)
 
     async def _write(
         self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = PATIENCE

@@ -6,28 +6,38 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from hookwright._errors import CommitUnknown, HookwrightError, StorageClosed, StorageError, StorageUnavailable
-from hookwright.storage.postgres._enqueue import Emitted, enqueue, mark_own
+from hookwright._errors import (
+    CommitUnknown,
+    HookwrightError,
+    StorageBusy,
+    StorageClosed,
+    StorageError,
+    StorageUnavailable,
+)
+from hookwright.storage.postgres._enqueue import Emitted, enqueue, enqueue_all, mark_own
 from hookwright.storage.postgres._pool import PATIENCE, CommitLost, closed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from hookwright._models import Receipt
     from hookwright.storage.postgres._database import Database
     from hookwright.storage.postgres._pool import Pool
 
-_Waiting = tuple[Emitted, "asyncio.Future[Receipt]"]
+    _Group = Sequence[tuple[Emitted, asyncio.Future[Receipt]]]
+
+_OF_ALL = (StorageUnavailable, StorageClosed, CommitUnknown)
 
 _MOST = 500
 """Events that are stored in one transaction at most."""
 
-_LOCK_LIMIT = 100
-"""Milliseconds that a group waits for another transaction with one of its ids or keys; then each of it goes alone."""
+_WAITING_MOST = 2
+"""Connections on which emits wait for somebody else's transaction at most, so that others can emit meanwhile."""
 
 NOTIFY_INTERVAL = 0.02
 """Seconds between two notifications of a process at least: each takes a lock of the whole server in its commit."""
@@ -75,9 +85,10 @@ class Emits:
     def __init__(self, pool: Pool, notifier: Notifier) -> None:
         self._pool = pool
         self._notifier = notifier
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[Emitted, asyncio.Future[Receipt]]] = deque()
         self._storing: asyncio.Task[None] | None = None
-        self._alone: set[asyncio.Task[None]] = set()
+        self._apart: set[asyncio.Task[None]] = set()
+        self._patient = asyncio.Semaphore(_WAITING_MOST)
 
     async def store(self, emitted: Emitted) -> Receipt:
         """Store one with whatever else waits. Raises what `Storage.enqueue` raises."""
@@ -87,10 +98,18 @@ class Emits:
             self._storing = asyncio.get_running_loop().create_task(self._store(), name="hookwright-postgres-emits")
         return await asyncio.shield(future)
 
+    async def store_together(self, waiting: Sequence[Emitted]) -> list[Receipt]:
+        """See `Storage.enqueue_many`."""
+        store = partial(store_all, self._pool, waiting, self._notifier.channel, PATIENCE, enqueue_all)
+        try:
+            return await store(hurried=True)
+        except StorageBusy:
+            async with self._patient:
+                return await store()
+
     async def close(self) -> None:
         """Wait until what was asked for is answered; the pool, when it is closed, sees to that."""
-        tasks = {task for task in (self._storing, *self._alone) if task is not None and not task.done()}
-        if tasks:
+        while tasks := {task for task in (self._storing, *self._apart) if task is not None and not task.done()}:
             await asyncio.wait(tasks)
 
     async def _store(self) -> None:
@@ -104,35 +123,57 @@ class Emits:
                 _answer(future, closed())
             self._waiting.clear()
 
-    async def _store_group(
-        self, group: Sequence[tuple[Emitted, asyncio.Future[Receipt]]], *, alone: bool = False
-    ) -> None:
+    async def _store_group(self, group: _Group, *, hurried: bool = True) -> None:
+        emitted = [one for one, _ in group]
         try:
-            answers = await store_all(
-                self._pool,
-                [emitted for emitted, _ in group],
-                self._notifier.channel,
-                first=not alone,
-                lock_limit=None if alone else _LOCK_LIMIT,
-            )
+            answers = await store_all(self._pool, emitted, self._notifier.channel, PATIENCE, hurried=hurried)
         except asyncio.CancelledError:
             for _, future in group:
                 _answer(future, StorageClosed("the storage's task was cancelled: it may or may not have been written"))
             raise
         except StorageError as error:
-            if alone or isinstance(error, (StorageUnavailable, StorageClosed, CommitUnknown)):
-                for emitted, future in group:
-                    lost = isinstance(error, CommitUnknown)
-                    _answer(future, CommitUnknown(emitted.event.id) if lost else error)
-                return
-            # One of them is bad, or waits for somebody else's transaction: each by itself, and nobody behind it.
-            for one in group:
-                task = asyncio.get_running_loop().create_task(self._store_group([one], alone=True))
-                self._alone.add(task)
-                task.add_done_callback(self._alone.discard)
+            waits = isinstance(error, StorageBusy)
+            if isinstance(error, _OF_ALL) or (waits and not hurried) or (len(group) == 1 and not waits):
+                _refuse(group, error)
+            else:
+                await self._split(group, waits=waits)
         else:
             for (_, future), answer in zip(group, answers, strict=True):
                 _answer(future, answer)
+
+    async def _split(self, group: _Group, *, waits: bool) -> None:
+        """One of them is bad, or waits for somebody else's transaction: those that may be it go apart, one by one.
+
+        Only who has an id or key of the application's waits for another that has the same.
+        """
+        if waits and len(group) == 1:
+            self._begin_apart(self._wait(group))
+            return
+        suspects = [one for one in group if not waits or one[0].event.digest is not None]
+        others = [one for one in group if waits and one[0].event.digest is None]
+        if suspects:
+            self._begin_apart(self._one_by_one(suspects))
+        if others:
+            await self._store_group(others, hurried=bool(suspects))
+
+    def _begin_apart(self, storing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(storing)
+        self._apart.add(task)
+        task.add_done_callback(self._apart.discard)
+
+    async def _one_by_one(self, group: _Group) -> None:
+        for one in group:
+            await self._store_group([one])
+
+    async def _wait(self, group: _Group) -> None:
+        async with self._patient:
+            await self._store_group(group, hurried=False)
+
+
+def _refuse(group: _Group, error: StorageError) -> None:
+    for emitted, future in group:
+        lost = isinstance(error, CommitUnknown)
+        _answer(future, CommitUnknown(emitted.event.id) if lost else error)
 
 
 def _answer(future: asyncio.Future[Receipt], answer: Receipt | HookwrightError) -> None:
@@ -149,14 +190,14 @@ async def store_all(
     pool: Pool,
     group: Sequence[Emitted],
     channel: Callable[[], str | None],
-    *,
-    first: bool = False,
-    lock_limit: int | None = None,
+    patience: float,
     enqueue: Callable[..., Awaitable[list[Any]]] = enqueue,
+    *,
+    hurried: bool = False,
 ) -> list[Any]:
     """Store events in one transaction. When a commit's answer is lost, ask by their ids, by storing them again.
 
-    Raises CommitUnknown when nobody could be asked for 10 s, or StorageError: then nothing was stored.
+    Raises CommitUnknown when nobody could be asked for `patience` seconds, or StorageError: then nothing was stored.
     """
 
     async def store(database: Database) -> list[Any]:
@@ -166,19 +207,20 @@ async def store_all(
         return await mark_own(database, group, await enqueue(database, group, channel()))
 
     try:
-        return await pool.run(store, first=first, patience=PATIENCE, lock_limit=lock_limit)
+        # Who may wait for somebody else's transaction does so beside the connections that deliver.
+        return await pool.run(store, first=hurried, patience=patience, hurried=hurried)
     except CommitLost:
         pass
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.
     try:
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((CommitLost, StorageUnavailable)),
+            retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),  # the lost one may still hold locks
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(PATIENCE),
+            stop=stop_after_delay(patience),
             reraise=True,
         ):
             with attempt:
-                return await pool.run(store_again, first=first, patience=PATIENCE)
+                return await pool.run(store_again, first=True)
     except StorageError as error:
         raise CommitUnknown(group[0].event.id) from error
     raise AssertionError("unreachable")

@@ -64,11 +64,12 @@ SELECT current.revision, (SELECT array_agg(id) FROM new),
 FROM current
 """
 
-_FOUND = """
-SELECT id, digest, delivery_count, tenant, idempotency_key FROM hookwright.event
-WHERE id = ANY($1::text[]) UNION
-SELECT id, digest, delivery_count, tenant, idempotency_key FROM hookwright.event
-WHERE idempotency_key = ANY($2::text[])
+# Whose id was ours has no digest: its data is compared, when it is given again after CommitUnknown.
+_SEEN = "id, digest, delivery_count, tenant, idempotency_key, type, CASE WHEN digest IS NULL THEN data END"
+
+_FOUND = f"""
+SELECT {_SEEN} FROM hookwright.event WHERE id = ANY($1::text[]) UNION
+SELECT {_SEEN} FROM hookwright.event WHERE idempotency_key = ANY($2::text[])
 """
 
 
@@ -95,7 +96,7 @@ async def _answers(
     for emitted in waiting:
         event = emitted.event
         if event.id in new:
-            found[event.id] = (event.id, event.digest, _count(emitted), event.tenant, event.idempotency_key)
+            found[event.id] = (event.id, event.digest, _count(emitted), event.tenant, event.idempotency_key, "", None)
             if event.idempotency_key is not None:
                 found[f"key {event.idempotency_key}"] = found[event.id]
             answers.append(Receipt(event.id, _count(emitted)))
@@ -133,7 +134,10 @@ async def mark_own(
 ) -> list[Receipt | HookwrightError]:
     """Tell duplicates from what we ourselves stored before, by a commit whose answer never came."""
     rows = [row.id for emitted in waiting for row in emitted.deliveries]
-    ours = {row[0] for row in await database.fetch(_EVENTS_OF, rows)} if rows else set()
+    # One without rows is known by its time, to the microsecond.
+    alone = [emitted.event for emitted in waiting if not emitted.deliveries]
+    found = await database.fetch(_OURS, rows, [event.id for event in alone], [event.occurred_at for event in alone])
+    ours = {row[0] for row in found}
     return [
         replace(answer, duplicate=False)
         if isinstance(answer, Receipt) and (answer.event_id in ours or emitted.event.digest is None)
@@ -142,7 +146,11 @@ async def mark_own(
     ]
 
 
-_EVENTS_OF = "SELECT event_id FROM hookwright.delivery WHERE id = ANY($1::text[])"
+_OURS = """
+SELECT event_id FROM hookwright.delivery WHERE id = ANY($1::text[]) UNION ALL
+SELECT e.id FROM unnest($2::text[], $3::bigint[]) AS alone (id, at)
+JOIN hookwright.event AS e ON e.id = alone.id AND e.occurred_at = alone.at
+"""
 
 
 async def _found(database: Database, missing: Sequence[Emitted]) -> dict[str, Any]:
@@ -158,8 +166,8 @@ def _refused(emitted: Emitted, found: dict[str, Any], revision: int) -> Receipt 
     there = found.get(event.id) or found.get(f"key {event.idempotency_key}")
     if there is None:
         return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
-    id, digest, delivery_count, tenant, _ = there
-    if digest != event.digest:
+    id, digest, delivery_count, tenant, _, type, data = there
+    if digest != event.digest and (id, type, data, tenant) != (event.id, event.type, event.data, event.tenant):
         key = "event_id" if id == event.id else "idempotency_key"
         # Another tenant's ids are not told.
         which = f" (event {id})" if tenant == event.tenant else ""

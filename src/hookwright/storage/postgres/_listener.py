@@ -15,10 +15,10 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from hookwright._errors import StorageUnavailable
 from hookwright.storage.postgres._convert import convert
-from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver
+from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver, keep_alive
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 _logger = logging.getLogger("hookwright")
 
@@ -39,18 +39,30 @@ SELECT EXISTS (
 )
 """
 
-RECONNECT_MOST = 10.0
-"""Seconds between two attempts to connect again, at most; each is drawn at random below a bound that doubles."""
+RECONNECT_MOST = 1.0
+"""Seconds between two attempts to connect again, at most; each is drawn at random below a bound that doubles.
+
+Delivering goes on when one of them succeeds, so that it is not longer.
+"""
+
+_KEEP_ALIVE = "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 3; SET tcp_keepalives_count = 3"
+"""So that the server notices, too, when this process is gone without a word: its locks say that it is alive."""
 
 
 class Listener:
-    """Listens for as long as it is open. `heard` is set by each notification, and when it listens again after a gap."""
+    """Listens for as long as it is open. `heard` is set by each notification, and when it listens again after a gap.
 
-    def __init__(self, dsn: str, channel: str, owner: int, own: Collection[int]) -> None:
+    `on_silence` is called when the server did not answer.
+    """
+
+    def __init__(
+        self, dsn: str, channel: str, owner: int, own: Collection[int], on_silence: Callable[[], None]
+    ) -> None:
         self._dsn = dsn
         self._channel = channel
         self._owner = owner
         self._own = own
+        self._on_silence = on_silence
         self._connection: Any = None
         self._task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
@@ -85,13 +97,14 @@ class Listener:
         connection = self._connection = await asyncpg.connect(
             self._dsn, timeout=CONNECT_LIMIT, command_timeout=PING_LIMIT, statement_cache_size=0
         )
+        keep_alive(connection)
         quoted, literal = self._channel.replace('"', '""'), self._channel.replace("'", "''")
         # Its own work a process knows of; what it hears from its pool's connections is that.
         self._lost.clear()
         connection.add_termination_listener(lambda _: self._lost.set())
         await connection.add_listener(self._channel, self._hear)
         await connection.execute(
-            f'LISTEN "{quoted}"; SELECT pg_advisory_lock_shared({self._owner});'
+            f'{_KEEP_ALIVE}; LISTEN "{quoted}"; SELECT pg_advisory_lock_shared({self._owner});'
             f" SELECT pg_advisory_lock_shared({LISTENING}, hashtext('{literal}'))"
         )
 
@@ -108,6 +121,8 @@ class Listener:
                     await self._connection.execute("SELECT 1")
                 except Exception as error:  # noqa: BLE001  # whatever it is: it is made again
                     self._terminate()
+                    if isinstance(error, TimeoutError):
+                        self._on_silence()
                     _logger.warning("the connection that listens to PostgreSQL was lost: %s", convert(error))
                     await self._reconnect()
         finally:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -40,11 +43,16 @@ CONNECT_LIMIT = 5.0
 TRANSACTION_LIMIT = 12.0
 """Seconds after which a transaction is given up, with its connection: half-open ones answer never."""
 
+ANSWER_LIMIT = 5.0
+"""Seconds for the answer to BEGIN: a connection that takes longer is half-open, and all idle ones may be."""
+
 PATIENCE = 10.0
 """Seconds for which a verb is repeated while the server cannot be reached."""
 
 CLOSING_LIMIT = 0.3
 """Seconds that transactions under way have left when the storage is closed."""
+
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 14_000}
 
 FIRST_CONNECTIONS = 3
 """Connections that only emit, claim and settle use, so that nobody's history holds them up."""
@@ -61,6 +69,9 @@ _TUNED = {f"enable_{kind}": "off" for kind in ("seqscan", "bitmapscan", "sort", 
     "plan_cache_mode": "force_generic_plan"
 }
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
+
+_HURRIED = "; SET LOCAL lock_timeout = 50"
+"""As long as a commit that is under way may take."""
 
 
 class CommitLost(StorageUnavailable):
@@ -80,6 +91,8 @@ class Pool:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
         self._foreign: tuple[type[Exception], ...] = ()
+        self._made: dict[int, Any] = {}
+        self._busy: set[int] = set()
         self.pids: set[int] = set()
         self.transactions = 0
 
@@ -110,7 +123,19 @@ class Pool:
     async def _note(self, connection: Any) -> None:
         pid = connection.get_server_pid()
         self.pids.add(pid)
-        connection.add_termination_listener(lambda _: self.pids.discard(pid))
+        self._made[pid] = connection
+        connection.add_termination_listener(lambda _: self._forget(pid))
+        keep_alive(connection)
+
+    def _forget(self, pid: int) -> None:
+        self.pids.discard(pid)
+        self._made.pop(pid, None)
+
+    def suspect(self) -> None:
+        """Close what is idle: a connection of this process was found half-open, and these may be, too."""
+        for pid, connection in list(self._made.items()):
+            if pid not in self._busy:
+                _give_up(connection)
 
     async def close(self) -> None:
         """Let what is under way end, for a moment, and disconnect."""
@@ -133,19 +158,28 @@ class Pool:
         *,
         first: bool = False,
         durable: bool = True,
+        reads: bool = False,
+        hurried: bool = False,
         patience: float = 0.0,
-        lock_limit: int | None = None,
     ) -> T:
-        """Run a function in a transaction, and return what it returned once that is committed.
+        """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good. While
         the server cannot be reached it is repeated for `patience` seconds, and so it is when another transaction was in
-        the way, unless `lock_limit` (milliseconds) says how long it may wait for one. `durable=False`: a crash of the
-        server may forget it. Raises StorageError; CommitLost when the connection broke in the commit.
+        the way, unless it is `hurried`. `durable=False`: a crash of the server may forget it.
+
+        Raises StorageError; CommitLost when the connection broke in the commit.
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
-        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience, lock_limit))
+        begin = self._begin()
+        if self._pooler:
+            settings = SETTINGS | _TUNED if first else SETTINGS
+            begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
+        begin += ("" if durable else "; SET LOCAL synchronous_commit = off") + (_HURRIED if hurried else "")
+        attempt = partial(self._attempt, operation, begin, first, reads)
+        passing = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
+        task = asyncio.get_running_loop().create_task(self._run(attempt, passing, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -161,58 +195,49 @@ class Pool:
             task.exception()  # its caller may be gone
 
     async def _run(
-        self, operation: Operation[T], first: bool, durable: bool, patience: float, lock_limit: int | None
+        self, run: Callable[[], Awaitable[T]], passing: tuple[type[StorageError], ...], patience: float
     ) -> T:
-        begin = self._begin()
-        if self._pooler:
-            settings = SETTINGS | _TUNED if first else SETTINGS
-            begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
-        if not durable:
-            begin += "; SET LOCAL synchronous_commit = off"
-        if lock_limit is not None:
-            begin += f"; SET LOCAL lock_timeout = {lock_limit}"
-
-        def repeatable(error: BaseException) -> bool:
-            if isinstance(error, StorageBusy):
-                return lock_limit is None
-            return isinstance(error, StorageUnavailable) and not isinstance(error, CommitLost)
-
+        began = time.monotonic()
         try:
-            return await self._attempt(operation, begin, first)
-        except StorageError as error:
-            if not patience or not repeatable(error):
+            return await run()
+        except passing as error:
+            if not patience or isinstance(error, CommitLost):
                 raise
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception(repeatable),
+            retry=retry_if_exception(lambda error: isinstance(error, passing) and not isinstance(error, CommitLost)),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(patience),
+            stop=stop_after_delay(patience - (time.monotonic() - began)),
             sleep=self._pause,
             reraise=True,
         ):
             with attempt:
-                return await self._attempt(operation, begin, first)
-        raise AssertionError("it has returned or raised")
+                return await run()
+        raise AssertionError("unreachable")
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), seconds)
             raise closed()
 
-    async def _attempt(self, operation: Operation[T], begin: str, first: bool) -> T:
+    async def _attempt(self, operation: Operation[T], begin: str, first: bool, reads: bool) -> T:
         try:
             async with asyncio.timeout(TRANSACTION_LIMIT):
-                return await self._transaction(operation, begin, first)
+                return await self._transaction(operation, begin, first, reads)
         except self._foreign as error:
+            if isinstance(error, TimeoutError):
+                self.suspect()
             raise convert(error) from error
 
-    async def _transaction(self, operation: Operation[T], begin: str, first: bool) -> T:
+    async def _transaction(self, operation: Operation[T], begin: str, first: bool, reads: bool) -> T:
         if self._pools is None:
             raise closed()
         pool = self._pools[first]
         connection = await pool.acquire()
+        pid = connection.get_server_pid()
+        self._busy.add(pid)
         try:
             try:
-                await connection.execute(begin)
+                await connection.execute(begin, timeout=ANSWER_LIMIT)
                 answer = await operation(Database(connection, self._names))
             except BaseException as error:
                 await _roll_back(connection, error)
@@ -221,15 +246,30 @@ class Pool:
                 await connection.execute("COMMIT")
             except BaseException as error:
                 _give_up(connection)
+                if isinstance(error, (TimeoutError, asyncio.CancelledError)):
+                    self.suspect()
+                if reads and isinstance(error, self._foreign):
+                    return answer  # it was read, whatever becomes of the connection
                 if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
-                    raise CommitLost(
-                        "the connection to PostgreSQL broke in a commit: it may or may not be done"
-                    ) from error
+                    raise CommitLost("the connection broke in a commit: it may or may not have happened") from error
                 raise
             self.transactions += 1
             return answer
         finally:
+            self._busy.discard(pid)
             await _release(pool, connection)
+
+
+def keep_alive(connection: Any) -> None:
+    """Have the kernel ask whether the other side is still there: it has 14 s to say so."""
+    transport = getattr(connection, "_transport", None)
+    one = None if transport is None else transport.get_extra_info("socket")
+    if one is None or one.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not every system has each
+            one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _give_up(connection: Any) -> None:
