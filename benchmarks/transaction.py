@@ -1,0 +1,1 @@
+"""transaction: emit in the caller's transaction, against the same transaction with two plain inserts instead."""
