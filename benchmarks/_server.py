@@ -52,7 +52,7 @@ class Server:
         for child in children:
             try:
                 ticks += sum(_times(int(child))[:2])
-            except FileNotFoundError:  # it has just ended
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
                 continue
         return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -13,12 +13,13 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from benchmarks._rivals import run_pgqueuer, run_procrastinate
 from hookwright import DirectTransport, Dispatcher, NetworkPolicy
 from hookwright.storage.postgres import PostgresStorage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    Run = Callable[[str, list[str], int, asyncio.Event, asyncio.Event], Coroutine[None, None, None]]
 
 LIMIT = 150.0
 """Seconds after which a process ends, whatever it is told."""
@@ -37,14 +38,20 @@ async def run_hookwright(dsn: str, _: list[str], in_flight: int, go: asyncio.Eve
         await stop.wait()
 
 
-KINDS = {"hookwright": run_hookwright, "procrastinate": run_procrastinate, "pgqueuer": run_pgqueuer}
+def _kind(name: str) -> Run:
+    if name == "hookwright":
+        return run_hookwright
+    # Only here: they take half a second to import.
+    from benchmarks._rivals import run_pgqueuer, run_procrastinate
+
+    return {"procrastinate": run_procrastinate, "pgqueuer": run_pgqueuer}[name]
 
 
 async def main(kind: str, dsn: str, in_flight: int, urls: list[str]) -> None:
     go, stop = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(LIMIT):
-        working = asyncio.create_task(KINDS[kind](dsn, urls, in_flight, go, stop))
+        working = asyncio.create_task(_kind(kind)(dsn, urls, in_flight, go, stop))
         await asyncio.sleep(0.2)  # until it has connected
         print("ready", flush=True)
         reader = asyncio.StreamReader()
