@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks._fleet import p99
 from benchmarks._harness import Report, Result, Series, at_most, tell
@@ -37,9 +37,9 @@ class Clocked(SQLiteStorage):
 
     longest = 0.0
 
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], **how: Any) -> Receipt:
         begin = time.perf_counter()
-        receipt = await super().enqueue(event, deliveries, endpoints_revision=endpoints_revision)
+        receipt = await super().enqueue(event, deliveries, **how)
         if len(deliveries) > 1:
             self.longest = max(self.longest, (time.perf_counter() - begin) * 1000)
         return receipt

@@ -11,6 +11,14 @@ import pytest
 pytest.register_assert_rewrite("hookwright.testing")
 
 from hookwright.testing import VirtualClock  # noqa: E402  # what is rewritten must not have been read before
+from tests.postgres.plugin import (  # noqa: E402, F401  # hooks and fixtures
+    new_schema,
+    postgres_dsn,
+    postgres_schema,
+    pytest_configure,
+    pytest_configure_node,
+    pytest_unconfigure,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

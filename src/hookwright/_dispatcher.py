@@ -255,6 +255,7 @@ class Dispatcher:
         occurred_at: datetime | None = None,
         deliver_at: datetime | None = None,
         trace_context: str | None = None,
+        connection: object = None,
     ) -> Receipt:
         """Store an event and one delivery for each endpoint that wants it; return when that is on disk.
 
@@ -264,6 +265,10 @@ class Dispatcher:
         your own `event_id`, emitting the same again stores nothing and answers `duplicate=True`. `endpoint_id` sends to
         that endpoint alone, whatever it subscribed to. `deliver_at` postpones the first attempt. `trace_context` (a W3C
         traceparent) is kept with the event. With a catalogue, the type must be declared and the data fit it.
+
+        With a `connection` of yours (aiosqlite's, asyncpg's, psycopg's AsyncConnection, SQLAlchemy's AsyncSession or
+        AsyncConnection) the event is written in your transaction: it exists, and is sent, once that commits. Nothing is
+        committed for you, and `receipt.durable` is False: see docs/transactional-emit.md.
 
         After a cancellation or a crash the event may or may not be stored: repeat with the same key or id.
 
@@ -283,16 +288,17 @@ class Dispatcher:
                 occurred_at,
                 deliver_at,
                 trace_context,
-            )
+            ),
+            connection,
         )
 
-    async def emit_many(self, events: Iterable[NewEvent]) -> Sequence[Receipt]:
-        """Store several events in one transaction, all or none; return their receipts in the same order.
+    async def emit_many(self, events: Iterable[NewEvent], *, connection: object = None) -> Sequence[Receipt]:
+        """Store several events in one transaction (of yours: `connection`), all or none; return receipts in order.
 
         Raises what `emit` raises, for the first that is refused: then nothing was stored.
         """
         self._check_usable()
-        return await self._emitter.emit_many(events)
+        return await self._emitter.emit_many(events, connection)
 
     async def explain(
         self,
@@ -431,6 +437,7 @@ class Dispatcher:
 
     async def _close(self) -> None:
         await self._services.stop(self._shutdown_timeout)
+        await self._emitter.aclose()
         await asyncio.gather(self._observers.aclose(_OBSERVER_GRACE), self._close_storage())
 
     async def _close_storage(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic_core import to_json
@@ -15,6 +17,7 @@ from hookwright._models import ALL_TENANTS, Emission, EventRow, NewDelivery, Rec
 from hookwright._observe import EventEmitted
 from hookwright._prepare import lease_of
 from hookwright._snapshot import NewEvent, check_aware, snapshot
+from hookwright.storage._connections import adapted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from hookwright._observe import ObserverHub
     from hookwright._prepare import Preparer
     from hookwright.storage._base import Storage
+    from hookwright.storage._connections import CallersConnection
 
+_logger = logging.getLogger("hookwright")
 
 _EXPLAINED_AT_ONCE = 100
 """Endpoints that `explain` looks at before other tasks of the loop have their turn."""
@@ -68,9 +73,22 @@ class Emitter:
         self._on_storing = on_storing
         self._on_stored = on_stored
         self._on_stopped_endpoints = on_stopped_endpoints
+        self._watching: set[asyncio.Task[None]] = set()
+        self._risk = storage.connection_risk
 
-    async def emit(self, new: NewEvent) -> Receipt:
+    async def aclose(self) -> None:
+        """Watch the application's transactions no longer: what they commit is delivered by whoever delivers next."""
+        watching = [*self._watching]
+        for task in watching:
+            task.cancel()
+        if watching:
+            await asyncio.wait(watching)
+
+    async def emit(self, new: NewEvent, connection: object = None) -> Receipt:
         """See `Dispatcher.emit`."""
+        if connection is not None:
+            [receipt] = await self._emit_through(connection, [new])
+            return receipt
         emitting = self._emitting(new)
         if emitting.endpoint_id is not None:
             await self._check_serves(emitting.endpoint_id, new.tenant)
@@ -91,15 +109,14 @@ class Emitter:
                 self._tell_emitted(event, receipt)
                 return receipt
 
-    async def emit_many(self, events: Iterable[NewEvent]) -> Sequence[Receipt]:
+    async def emit_many(self, events: Iterable[NewEvent], connection: object = None) -> Sequence[Receipt]:
         """See `Dispatcher.emit_many`."""
         given = [] if isinstance(events, NewEvent) else list(events)
         if isinstance(events, NewEvent) or not all(isinstance(event, NewEvent) for event in given):
             raise ValidationFailed("events", "give a list of NewEvent: emit_many([NewEvent('video.ready', data)])")
-        emitting = [self._emitting(event) for event in given]
-        for one in emitting:
-            if one.endpoint_id is not None:
-                await self._check_serves(one.endpoint_id, one.event.tenant)
+        if connection is not None:
+            return await self._emit_through(connection, given)
+        emitting = await self._checked(given)
         while True:
             revision = self._cache.revision
             emissions = [self._match(one) for one in emitting]
@@ -116,6 +133,49 @@ class Emitter:
                 for emission, receipt in zip(emissions, receipts, strict=True):
                     self._tell_emitted(emission.event, receipt)
                 return receipts
+
+    async def _checked(self, events: Sequence[NewEvent]) -> list[_Emitting]:
+        emitting = [self._emitting(event) for event in events]
+        for one in emitting:
+            if one.endpoint_id is not None:
+                await self._check_serves(one.endpoint_id, one.event.tenant)
+        return emitting
+
+    async def _emit_through(self, connection: object, events: Sequence[NewEvent]) -> list[Receipt]:
+        """Write through a connection of the application's. The worker is woken when its transaction has ended."""
+        emitting = await self._checked(events)
+        callers = await adapted(connection)
+        if self._risk is not None:
+            _logger.warning(self._risk)
+            self._risk = None
+        while True:
+            revision = self._cache.revision
+            emissions = [self._match(one) for one in emitting]
+            try:
+                receipts = await self._store_through(callers, emissions, revision)
+            except StaleEndpoints:  # nothing of ours is in the transaction
+                await self._match_again(revision)
+            else:
+                self._watch(callers)
+                for emission, receipt in zip(emissions, receipts, strict=True):
+                    if not receipt.duplicate:
+                        self._report(emission.event, receipt)
+                return [replace(receipt, durable=False) for receipt in receipts]
+
+    async def _store_through(
+        self, connection: CallersConnection, emissions: Sequence[Emission], revision: int
+    ) -> list[Receipt]:
+        if len(emissions) != 1:
+            return await self._storage.enqueue_many(emissions, endpoints_revision=revision, connection=connection)
+        [(event, deliveries)] = emissions
+        return [await self._storage.enqueue(event, deliveries, endpoints_revision=revision, connection=connection)]
+
+    def _watch(self, connection: CallersConnection) -> None:
+        watching = self._storage.watch(connection, self._on_storing)
+        if watching is not None:
+            task = asyncio.get_running_loop().create_task(watching, name="hookwright-watching-a-transaction")
+            self._watching.add(task)
+            task.add_done_callback(self._watching.discard)
 
     def _emitting(self, new: NewEvent) -> _Emitting:
         event, terms = snapshot(new, catalogue=self._catalogue, clock=self._clock)
@@ -137,6 +197,9 @@ class Emitter:
         if receipt.duplicate:
             return
         self._on_stored()
+        self._report(event, receipt)
+
+    def _report(self, event: EventRow, receipt: Receipt) -> None:
         if self._observers.wanted:
             self._observers.report(
                 EventEmitted(event_id=event.id, event_type=event.type, delivery_count=receipt.delivery_count)

@@ -276,11 +276,16 @@ def check_limit(limit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What `emit` returns once the event is safe. `duplicate`: it had been stored before, nothing was added."""
+    """What `emit` returns once the event is safe. `duplicate`: it had been stored before, nothing was added.
+
+    Not `durable`: it was emitted with `connection=`, and is accepted only: stored when the caller's transaction
+    commits, and gone if that does not.
+    """
 
     event_id: str
     delivery_count: int
     duplicate: bool = False
+    durable: bool = True
 
 
 class EventRow(NamedTuple):

@@ -8,11 +8,14 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.crash.campaign import count_points, every_point, harness, kill_at, kill_at_random
+from tests.crash.databases import PostgresDatabases, SQLiteDatabases
 from tests.crash.report import table, write
+from tests.postgres.server import own_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,18 +49,23 @@ def main() -> int:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--storage", metavar="DSN", help="a PostgreSQL server's (superuser) instead of SQLite files")
+    where.add_argument("--postgres", action="store_true", help="the same, on a server that is started for it")
     options = parser.parse_args()
     began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="hookwright-crash-") as folder,
-        harness(Path(folder), options.seed) as crash,
-    ):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hookwright-crash-"))
+        dsn = stack.enter_context(own_server()).dsn if options.postgres else options.storage
+        databases = SQLiteDatabases() if dsn is None else PostgresDatabases(dsn)
+        crash = stack.enter_context(harness(Path(folder), options.seed, databases=databases))
         counted = len(count_points(crash))
         run(crash, options.cycles, random.Random(options.seed), itertools.cycle(every_point(counted)))
     print(table(crash.figures, counted))
     if options.report is not None:
-        command = f"python -m tests.crash --cycles {options.cycles} --seed {options.seed}"
-        write(options.report, crash.figures, counted, command, time.monotonic() - began)
+        kind = "" if dsn is None else " --postgres"
+        command = f"python -m tests.crash --cycles {options.cycles} --seed {options.seed}{kind}"
+        write(options.report, crash.figures, counted, command, time.monotonic() - began, databases.name)
     return 1 if crash.figures.broken else 0
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.crash.child import Command
+from tests.crash.databases import SQLiteDatabases
 from tests.crash.forkserver import forking
 from tests.crash.oracle import Oracle, first_requests
-from tests.crash.picture import look
 from tests.crash.receiver import receiving
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.crash.databases import Database, Databases
     from tests.crash.forkserver import ForkServer
     from tests.crash.picture import Picture
     from tests.crash.receiver import Receiver
@@ -78,8 +79,11 @@ class Point(NamedTuple):
 class Harness:
     """The processes that survive, and where the databases are."""
 
-    def __init__(self, folder: Path, server: ForkServer, receiver: Receiver, resumes_within: float) -> None:
+    def __init__(
+        self, folder: Path, databases: Databases, server: ForkServer, receiver: Receiver, resumes_within: float
+    ) -> None:
         self._folder = folder
+        self._databases = databases
         self._campaigns = 0
         self.server = server
         self.receiver = receiver
@@ -92,28 +96,33 @@ class Harness:
         self._campaigns += 1
         folder = self._folder / str(self._campaigns)
         folder.mkdir()
-        campaign = Campaign(self, folder / "hooks.db", f"/{self._campaigns}/")
-        yield campaign
+        with self._databases.new(folder) as database:
+            campaign = Campaign(self, database, f"/{self._campaigns}/")
+            yield campaign
         self.figures.add(campaign.oracle)
         shutil.rmtree(folder)
 
 
 @contextmanager
-def harness(folder: Path, seed: int, *, resumes_within: float = RESUMES_WITHIN) -> Iterator[Harness]:
-    """Start the fork server and the receiver, and end them."""
+def harness(
+    folder: Path, seed: int, *, databases: Databases | None = None, resumes_within: float = RESUMES_WITHIN
+) -> Iterator[Harness]:
+    """Start the fork server and the receiver, and end them. Without `databases` they are SQLite's, in the folder."""
+    databases = databases or SQLiteDatabases()
     with ExitStack() as stack:
         receiver = stack.enter_context(receiving(folder / "requests.log", seed))
-        yield Harness(folder, stack.enter_context(forking()), receiver, resumes_within)
+        server = stack.enter_context(forking(databases.modules))
+        yield Harness(folder, databases, server, receiver, resumes_within)
 
 
 class Campaign:
     """One database, and its oracle."""
 
-    def __init__(self, harness: Harness, database: Path, prefix: str) -> None:
+    def __init__(self, harness: Harness, database: Database, prefix: str) -> None:
         self._harness = harness
         self._prefix = prefix
         self._waiting = False
-        self._command = Command("", str(database), f"http://127.0.0.1:{harness.receiver.port}{prefix}")
+        self._command = Command("", database.url, f"http://127.0.0.1:{harness.receiver.port}{prefix}")
         self.database = database
         self.oracle = Oracle(prefix)
 
@@ -154,7 +163,7 @@ class Campaign:
             self.oracle.broken.append(("slow", f"{self._prefix} resumed after {resumed}, lived for {lived}"))
 
     def _look(self, *, drained: bool, killed: bool) -> None:
-        picture = look(self.database)
+        picture = self.database.look()
         self._waiting = picture.pending > 0
         self.oracle.last = picture
         if killed:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hookwright import Clock, Dispatcher, NetworkPolicy, NewEvent, Profile, RetryPolicy
 from hookwright.transport.httpx import HttpxTransport
 from tests.faults.points import FaultyTransport, Points, kill, statements
+from tests.postgres.points import asyncpg_statements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -35,14 +36,14 @@ _RETENTION = timedelta(days=30)
 
 
 class Command(NamedTuple):
-    """What a child is told. `url` ends where an endpoint's own part begins.
+    """What a child is told. `storage` is the dispatcher's; `url` ends where an endpoint's own part begins.
 
     `first` is the load's first number; `at` and `after` name a fault point of the life; `seconds` is how long after its
     request has left a poison kills. `attempts` is how often a delivery is tried.
     """
 
     kind: str
-    database: str
+    storage: str
     url: str
     first: int = 0
     at: int = 0
@@ -78,7 +79,7 @@ async def _running(command: Command, say: Say, **options: Any) -> AsyncIterator[
         "disable_after": None,
         "keys": [],
     }
-    dispatcher = Dispatcher(f"sqlite:///{command.database}", **(settings | options))
+    dispatcher = Dispatcher(command.storage, **(settings | options))
     say(f"called {time.monotonic()}")
     async with dispatcher:
         say(f"started {time.monotonic()}")
@@ -133,7 +134,7 @@ async def _script(command: Command, say: Say) -> None:
         kill()
 
     points = Points(strike, at=command.at, after=command.after)
-    with statements(points):
+    with statements(points), asyncpg_statements(points):
         await _first_half(command, say, points)
         await _second_half(command, say, points)
     for name in points.passed if command.at == 0 else ():

@@ -1,7 +1,8 @@
 """A process with all imports done, no event loop and no threads, that forks a child for each command.
 
-`python -m tests.crash.forkserver FD`. A command comes with the writing end of a pipe: what the child says goes there,
-and its end-of-file says that the child is dead. The server reaps, and ends (with its last child) when the driver does.
+`python -m tests.crash.forkserver FD [MODULE ...]`. A command comes with the writing end of a pipe: what the child says
+goes there, and its end-of-file says that the child is dead. The server reaps, and ends (with its last child) when the
+driver does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.crash.child import Command, live
 from tests.crash.receiver import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LIFETIME = 90
 """Seconds after which a child ends by itself, whatever became of everything else."""
@@ -43,8 +44,8 @@ _IMPORTED_LATE = (
 # -- the process ------------------------------------------------------------------------------------------------
 
 
-def _serve(control: socket.socket) -> None:
-    for name in _IMPORTED_LATE:
+def _serve(control: socket.socket, modules: Sequence[str]) -> None:
+    for name in (*_IMPORTED_LATE, *modules):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
@@ -150,10 +151,10 @@ class ForkServer:
 
 
 @contextmanager
-def forking() -> Iterator[ForkServer]:
-    """Start the process, and end it."""
+def forking(modules: Sequence[str] = ()) -> Iterator[ForkServer]:
+    """Start the process, which imports the modules too, and end it."""
     ours, theirs = socket.socketpair()
-    command = (sys.executable, "-m", "tests.crash.forkserver", str(theirs.fileno()))
+    command = (sys.executable, "-m", "tests.crash.forkserver", str(theirs.fileno()), *modules)
     with ours, subprocess.Popen(command, pass_fds=(theirs.fileno(),), cwd=ROOT) as process:
         theirs.close()
         ours.settimeout(60)
@@ -168,4 +169,4 @@ def forking() -> Iterator[ForkServer]:
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -1,14 +1,11 @@
-"""What a database says after a kill. Its files are copied first, so that the dispatcher does the recovery, not we."""
+"""What a database says after a kill."""
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
-from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
 
 class Row(NamedTuple):
@@ -44,35 +41,25 @@ SELECT p.url, d.event_id, d.state, l.token, d.attempt_count, d.interruptions, co
        coalesce(a.interrupted, 0), coalesce(a.attempts, 0), p.state, p.disabled_reason
 FROM hookwright_delivery AS d JOIN hookwright_endpoint AS p ON p.id = d.endpoint_id
 LEFT JOIN hookwright_lease AS l ON l.endpoint_id = d.endpoint_id AND l.delivery_id = d.id LEFT JOIN (
-    SELECT delivery_id, sum(status IS NOT NULL) AS answered, sum(error IS 'interrupted') AS interrupted,
-           count(*) AS attempts
+    SELECT delivery_id, count(status) AS answered, count(*) AS attempts,
+           count(CASE WHEN error = 'interrupted' THEN 1 END) AS interrupted
     FROM hookwright_attempt GROUP BY delivery_id
 ) AS a ON a.delivery_id = d.id
 """
 
 _BROKEN = """
-SELECT 'a delivery is ' || state || ', available at ' || coalesce(available_at, 'no time') FROM hookwright_delivery
-WHERE (state = 'pending') <> (available_at IS NOT NULL)
+SELECT 'a delivery is ' || state || ', available at ' || coalesce(CAST(available_at AS text), 'no time')
+FROM hookwright_delivery WHERE (state = 'pending') <> (available_at IS NOT NULL)
 UNION SELECT 'a lease of a delivery that is not pending' FROM hookwright_lease
 WHERE delivery_id NOT IN (SELECT id FROM hookwright_delivery WHERE state = 'pending')
 """
 
 
-def look(database: Path) -> Picture:
-    """Copy a database that nobody has open, with its write-ahead log, and read the copy."""
-    copy = database.with_name("copy.db")
-    for suffix in ("", "-wal"):
-        found, to = database.with_name(database.name + suffix), copy.with_name(copy.name + suffix)
-        to.unlink(missing_ok=True)
-        if found.exists():
-            shutil.copyfile(found, to)
-    with closing(sqlite3.connect(copy)) as connection:
-        integrity = "; ".join(row[0] for row in connection.execute("PRAGMA integrity_check"))
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'hookwright_meta'").fetchone() is None:
-            return NOTHING._replace(integrity=integrity)
-        broken = [row[0] for row in connection.execute(_BROKEN)]
-        events = frozenset(row[0] for row in connection.execute("SELECT id FROM hookwright_event"))
-        rows = {(_path(row[0]), row[1]): Row(*row[2:]) for row in connection.execute(_ROWS)}
+def picture_of(ask: Callable[[str], Iterable[tuple[Any, ...]]], integrity: str) -> Picture:
+    """Read a database: `ask` answers a question, in which tables have the names that SQLite knows them by."""
+    broken = [row[0] for row in ask(_BROKEN)]
+    events = frozenset(row[0] for row in ask("SELECT id FROM hookwright_event"))
+    rows = {(_path(row[0]), row[1]): Row(*row[2:]) for row in ask(_ROWS)}
     return Picture("; ".join(broken) or integrity, events, rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sqlite3
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -52,14 +51,14 @@ def table(figures: Figures, points: int) -> str:
     return "\n".join(lines)
 
 
-def write(page: Path, figures: Figures, points: int, command: str, seconds: float) -> None:
+def write(page: Path, figures: Figures, points: int, command: str, seconds: float, storage: str) -> None:
     """Put the figures between the page's two markers."""
     text = page.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not rest or not after:
         raise ValueError(f"{page} has no {BEGIN} ... {END}")
-    machine = f"{os.cpu_count()} CPUs, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    machine = f"{os.cpu_count()} CPUs, Python {platform.python_version()}, {storage}"
     day = datetime.now(UTC).date().isoformat()
     head = f"`{command}`, {day}, {seconds / 60:.0f} min on {machine}:"
     page.write_text(f"{before}{BEGIN}\n{head}\n\n{table(figures, points)}\n{END}{after}", "utf-8")

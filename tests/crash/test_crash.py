@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sqlite3
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +20,7 @@ from tests.crash.campaign import (
     poison,
 )
 from tests.crash.child import CONCURRENCY, NEIGHBOURS, Command
+from tests.crash.databases import SQLiteDatabase
 from tests.crash.forkserver import forking
 from tests.crash.oracle import Oracle
 from tests.crash.picture import Picture, Row
@@ -111,12 +110,11 @@ def _end_without_sending(campaign: Campaign, log: Path) -> None:
 
 
 def _change(campaign: Campaign, *statements: str) -> None:
-    with closing(sqlite3.connect(campaign.database)) as connection, connection:
-        newest = max(campaign.oracle.acknowledged, key=lambda id: int(id.removeprefix("evt_")))
-        leased = "SELECT id FROM hookwright_delivery WHERE event_id = ?"
-        connection.execute(f"DELETE FROM hookwright_lease WHERE delivery_id IN ({leased})", (newest,))
-        for statement in statements:
-            assert connection.execute(statement, (newest,)).rowcount > 0
+    newest = max(campaign.oracle.acknowledged, key=lambda id: int(id.removeprefix("evt_")))
+    leased = "SELECT id FROM hookwright_delivery WHERE event_id = ?"
+    campaign.database.change(f"DELETE FROM hookwright_lease WHERE delivery_id IN ({leased})", newest)
+    for statement in statements:
+        assert campaign.database.change(statement, newest) > 0
 
 
 def _repeat_a_request(campaign: Campaign, log: Path) -> None:
@@ -150,7 +148,8 @@ def test_what_is_lost_or_repeated_is_noticed(
 
 def test_a_process_that_cannot_start_is_noticed(crash: Harness) -> None:
     with crash.campaign() as campaign:
-        campaign.database.with_name("hooks.db-deliver.lock").mkdir()
+        assert isinstance(campaign.database, SQLiteDatabase)
+        campaign.database.path.with_name("hooks.db-deliver.lock").mkdir()
         campaign.live("drain")
     assert crash.figures.count("stuck") == 1
 
@@ -215,7 +214,9 @@ def test_an_interruption_that_is_not_counted_is_noticed() -> None:
 
 def test_server_and_child_end_when_the_driver_does(tmp_path: Path) -> None:
     with receiving(tmp_path / "requests.log", seed=1) as receiver, forking() as server:
-        child = server.fork(Command("load", str(tmp_path / "hooks.db"), f"http://127.0.0.1:{receiver.port}/1/"))
+        child = server.fork(
+            Command("load", f"sqlite:///{tmp_path / 'hooks.db'}", f"http://127.0.0.1:{receiver.port}/1/")
+        )
         assert child.hear("ack", timeout=10)
     assert "done" not in child.ended(timeout=10)
 
@@ -223,7 +224,7 @@ def test_server_and_child_end_when_the_driver_does(tmp_path: Path) -> None:
 def test_the_figures_are_written_between_the_markers(tmp_path: Path) -> None:
     figures, page = Figures(random_kills=1, leased_at_kills=[7], resumed=[0.1]), tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(page, figures, 10, "python -m tests.crash", 60.0)
+    write(page, figures, 10, "python -m tests.crash", 60.0, "SQLite")
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n`python -m tests.crash`")
     assert text.endswith(f"{table(figures, 10)}\n{END}\nafter\n")

@@ -74,8 +74,8 @@ def test_a_history_is_the_same_in_another_process_with_other_hashes() -> None:
 class Forgetful(MemoryStorage):
     """Forgets one row of what it acknowledged."""
 
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
-        receipt = await super().enqueue(event, deliveries, endpoints_revision=endpoints_revision)
+    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], **options: Any) -> Receipt:
+        receipt = await super().enqueue(event, deliveries, **options)
         for row in self._event_rows[receipt.event_id][1:]:
             self._rows.pop(row.id, None)
         return receipt

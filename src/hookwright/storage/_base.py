@@ -14,7 +14,8 @@ from hookwright._clock import SECOND
 from hookwright._health import HealthPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+    from typing import Any
 
     from hookwright._clock import Clock
     from hookwright._models import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         Receipt,
         Settled,
     )
+    from hookwright.storage._connections import CallersConnection
 
 DEFAULT_HEALTH = HealthPolicy()
 
@@ -180,18 +182,56 @@ class Storage(ABC):
     # -- the outbox ---------------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(
+        self,
+        event: EventRow,
+        deliveries: Sequence[NewDelivery],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> Receipt:
         """Store the event and its rows in one durable transaction, and make each row's lane due no later than the row.
 
         Raises StaleEndpoints when the endpoint counter is no longer `endpoints_revision`, and ConflictError when the
         idempotency key or event id was used for something else (another digest). When it was used for the same,
         nothing is written and the first event's receipt is returned with `duplicate=True`. Rows of skipped
         deliveries are stored in state `skipped`, and are not counted in the receipt.
+
+        With a `connection` the same is written in the caller's transaction on it: nobody sees it before that commits,
+        and it is gone when that, or a savepoint around it, is rolled back. Nothing is committed, and no work of the
+        caller's is rolled back or repeated. Whatever is raised, the caller's transaction holds nothing of ours, and is
+        as usable as the database leaves it. Counter, keys and ids are compared as the transaction sees them.
+        Raises ValidationFailed, with nothing written, for a connection that does not lead to this storage's database
+        or would commit by itself.
         """
 
     @abstractmethod
-    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+    async def enqueue_many(
+        self,
+        emissions: Sequence[Emission],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> list[Receipt]:
         """Store several events with their rows, all or none, as `enqueue` stores one. Raises what it raises."""
+
+    def watch(
+        self,
+        connection: CallersConnection,  # for those that have to
+        committed: Callable[[], None],
+    ) -> Coroutine[Any, Any, None] | None:
+        """Return what calls `committed` within 20 ms of the commit of what was enqueued through the connection.
+
+        To be run beside everything else, and cancelled at will; it ends by itself when the transaction has ended. It
+        may call when nothing was committed, holds the connection weakly and runs nothing through it. None: there is
+        nothing to run, since `wait` hears of such a commit as quickly, or somebody runs it for that connection already.
+        """
+        return None
+
+    @property
+    def connection_risk(self) -> str | None:
+        """What an application should know before it uses `connection=`, if anything; it is told once."""
+        return None
 
     @abstractmethod
     async def claim(self, request: ClaimRequest) -> Claim:
@@ -320,6 +360,8 @@ class Storage(ABC):
     @abstractmethod
     async def changes(self, since_revision: int) -> Changes:
         """Return the endpoints with a greater revision, tombstones included, and the counter's value.
+
+        It waits for no writer: a caller that has a transaction open may be waiting for this.
 
         When there are too many for one answer: those with the least revisions, and the greatest of these, with `more`.
         """

@@ -36,6 +36,7 @@ from hookwright.storage._base import (
     opens_at,
     rate_interval,
 )
+from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._cursor import decode_cursor, encode_cursor
 from hookwright.storage._memory_history import MemoryHistory, MemoryLane, MemoryRow, interrupt, new_row
 
@@ -97,9 +98,18 @@ class MemoryStorage(MemoryHistory):
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
-        """See `Storage.enqueue`."""
+    async def enqueue(
+        self,
+        event: EventRow,
+        deliveries: Sequence[NewDelivery],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> Receipt:
+        """See `Storage.enqueue`: there is no transaction of a caller's to write in."""
         now = self._now()
+        if connection is not None:
+            check_kind(connection, None, self)
         by_key = None if event.idempotency_key is None else self._keys.get(event.idempotency_key)
         known = event.id if event.id in self._events else by_key
         if known is not None:
@@ -127,8 +137,16 @@ class MemoryStorage(MemoryHistory):
                 self._lanes[row.endpoint_id].rows[row.id] = row
         return Receipt(event.id, count)
 
-    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+    async def enqueue_many(
+        self,
+        emissions: Sequence[Emission],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> list[Receipt]:
         """See `Storage.enqueue_many`."""
+        if connection is not None:
+            check_kind(connection, None, self)
         receipts: list[Receipt] = []
         try:
             for event, deliveries in emissions:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from hookwright._errors import ConfigurationError
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
+from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
+from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._emits import Emits, Notifier, store_all
 from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
@@ -105,16 +107,12 @@ class PostgresStorage(Storage):
         self._poll_only = poll_only
         self._connections = connections
         self._shared = shared_concurrency
-        # Whoever knows the number can look whether this process is alive: see acquire.
-        self._owner = random.SystemRandom().getrandbits(62)
-        self._clock: Clock | None = None
-        self._pool: Pool | None = None
-        self._emits: Emits | None = None
-        self._listener: Listener | None = None
-        self._notifier: Notifier | None = None
+        # By its number others see whether this process is alive (see acquire); by one below 0 nobody does.
+        owner = random.SystemRandom().getrandbits(62)
+        self._owner = -owner if poll_only else owner
+        self._open: _Open | None = None
         self._closing: asyncio.Event = asyncio.Event()
         self._closed: asyncio.Task[None] | None = None
-        self._opening: asyncio.Task[None] | None = None
         self._freed = False
         self._pruned = (0, "")
         self._writing: set[asyncio.Future[Any]] = set()
@@ -128,7 +126,7 @@ class PostgresStorage(Storage):
     @property
     def transactions(self) -> int:
         """How many transactions were committed since `open`; an exact figure for tests and benchmarks."""
-        return self._pool.transactions if self._pool is not None else 0
+        return self._open.pool.transactions if self._open is not None else 0
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +136,7 @@ class PostgresStorage(Storage):
 
     async def open(self, clock: Clock) -> None:
         """See `Storage.open`. Raises ConfigurationError when it is open already, or asyncpg is not installed."""
-        if self._pool is not None:
+        if self._open is not None:
             raise ConfigurationError("this PostgresStorage is open already: give each dispatcher its own")
         if self._closed is not None:
             await asyncio.shield(self._closed)
@@ -149,7 +147,7 @@ class PostgresStorage(Storage):
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
         try:
             await pool.open()
-            await pool.run(partial(_schema.migrate, names=self._names))
+            identity = await pool.run(partial(_schema.migrate, names=self._names))
             if listener is not None:
                 await listener.open()
         except BaseException:
@@ -157,60 +155,77 @@ class PostgresStorage(Storage):
             if listener is not None:
                 await listener.close()
             raise
-        self._notifier = Notifier(channel, pool)
-        self._emits = Emits(pool, self._notifier)
-        self._clock, self._pool, self._listener, self._freed = clock, pool, listener, False
+        notifier = Notifier(channel, pool)
+        callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision))
+        self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers)
+        self._freed = False
 
     async def close(self) -> None:
         """See `Storage.close`. What is under way has 0.3 s; what was not written by then may or may not be."""
-        if self._pool is not None and self._closed is None:
-            closing = self._close(self._pool, self._emits, self._listener, self._notifier)
-            self._closed = asyncio.get_running_loop().create_task(closing)
-        self._pool = self._emits = self._listener = self._notifier = None
+        if self._open is not None and self._closed is None:
+            self._closed = asyncio.get_running_loop().create_task(self._close(self._open))
+        self._open = None
         if self._closed is not None:
             # Shielded: a caller that is cancelled here may call again, the closing goes on meanwhile.
             await asyncio.shield(self._closed)
 
-    async def _close(
-        self, pool: Pool, emits: Emits | None, listener: Listener | None, notifier: Notifier | None
-    ) -> None:
+    async def _close(self, opened: _Open) -> None:
         self._closing.set()
-        if notifier is not None:
-            notifier.close()
+        opened.notifier.close()
         if self._writing:
             await asyncio.wait(set(self._writing), timeout=CLOSING_LIMIT)
-        await pool.close()
-        if emits is not None:
-            await emits.close()
-        if listener is not None:
-            await listener.close()
+        await opened.pool.close()
+        await opened.emits.close()
+        if opened.listener is not None:
+            await opened.listener.close()
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
-        pool = self._opened()
+        opened = self._opened()
         if not self._freed:
-            await pool.run(_release.free_leases, patience=PATIENCE)
+            alone = opened.listener is not None and await opened.listener.alone()
+            await opened.pool.run(partial(_release.free_leases, alone=alone), patience=PATIENCE)
             self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(
+        self,
+        event: EventRow,
+        deliveries: Sequence[NewDelivery],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> Receipt:
         """See `Storage.enqueue`. Raises CommitUnknown."""
-        self._opened()
-        assert self._emits is not None
-        return await self._wrote(self._emits.store(Emitted(event, deliveries, endpoints_revision)))
+        emits = self._opened().emits
+        emitted = Emitted(event, deliveries, endpoints_revision)
+        if connection is not None:
+            return (await self._enqueue_through(connection, [emitted]))[0]
+        return await self._wrote(emits.store(emitted))
 
-    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+    async def enqueue_many(
+        self,
+        emissions: Sequence[Emission],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> list[Receipt]:
         """See `Storage.enqueue_many`. Raises CommitUnknown."""
-        pool = self._opened()
-        assert self._notifier is not None
+        parts = self._opened()
         waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
-        return await self._wrote(store_all(pool, waiting, self._notifier.channel, PATIENCE, enqueue_all))
+        if connection is not None:
+            return await self._enqueue_through(connection, waiting)
+        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, PATIENCE, enqueue_all))
+
+    async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
+        check_kind(connection, "postgres", self)
+        return await self._opened().callers.enqueue(connection, waiting)
 
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
-        pool = self._opened()
+        pool = self._opened().pool
         if self._writing:
             await asyncio.wait(set(self._writing), timeout=_BARRIER)
         await self._give_back_lost(pool)
@@ -241,13 +256,12 @@ class PostgresStorage(Storage):
 
     async def _settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
         tokens = {outcome.token for outcome in outcomes}
-        pool, unknown = self._opened(), self._unknown & tokens
-        assert self._notifier is not None
+        opened, unknown = self._opened(), self._unknown & tokens
         settle = partial(
-            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=self._notifier.channel()
+            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel()
         )
         try:
-            answers = await pool.run(settle, first=True)
+            answers = await opened.pool.run(settle, first=True)
         except CommitLost:
             self._unknown |= tokens
             raise
@@ -280,25 +294,20 @@ class PostgresStorage(Storage):
 
     async def wait(self, timeout: float) -> bool:
         """See `Storage.wait`."""
-        self._opened()
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout
-        heard = self._closing if self._listener is None else self._listener.heard
-        poll = _POLL if self._listener is None else _POLL_LISTENING
-        waiting = {loop.create_task(self._closing.wait()), loop.create_task(heard.wait())}
+        listener, loop = self._opened().listener, asyncio.get_running_loop()
+        waiting = {loop.create_task(self._closing.wait())}
+        if listener is not None:
+            waiting.add(loop.create_task(listener.heard.wait()))
+        # Others may have written at any time, and a notification be missed: a look that finds nothing is cheap.
+        look = _POLL if listener is None else _POLL_LISTENING
         try:
-            done, _ = await asyncio.wait(
-                waiting, timeout=min(poll, max(0.0, until - loop.time())), return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(waiting, timeout=min(look, timeout), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waiting:
                 task.cancel()
-        if self._closing.is_set():
-            return False
-        if heard is not self._closing:
-            heard.clear()
-        # Others may have written at any time; a claim that finds nothing is cheap.
-        return bool(done) or loop.time() < until or timeout >= poll
+        if listener is not None:
+            listener.heard.clear()
+        return not self._closing.is_set() and (bool(done) or timeout >= look)
 
     # -- endpoints ----------------------------------------------------------------------------------------------
 
@@ -390,23 +399,21 @@ class PostgresStorage(Storage):
 
     # -- what all verbs do --------------------------------------------------------------------------------------
 
-    def _opened(self) -> Pool:
-        if self._pool is None:
+    def _opened(self) -> _Open:
+        if self._open is None:
             raise closed()
-        return self._pool
+        return self._open
 
     def _now(self) -> int:
-        if self._clock is None:
-            raise closed()
-        return self._clock.now()
+        return self._opened().clock.now()
 
     async def _read(self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False) -> T:
-        return await self._opened().run(operation, first=first)
+        return await self._opened().pool.run(operation, first=first)
 
     async def _write(
         self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = PATIENCE
     ) -> T:
-        return await self._wrote(self._opened().run(operation, first=first, patience=patience))
+        return await self._wrote(self._opened().pool.run(operation, first=first, patience=patience))
 
     async def _wrote(self, writing: Awaitable[T]) -> T:
         """Await a write that a claim asked for later has to see."""
@@ -419,6 +426,17 @@ class PostgresStorage(Storage):
         self._writing.discard(task)
         if not task.cancelled():
             task.exception()  # its caller may be gone
+
+
+class _Open(NamedTuple):
+    """What there is while the storage is open."""
+
+    clock: Clock
+    pool: Pool
+    listener: Listener | None
+    notifier: Notifier
+    emits: Emits
+    callers: Callers
 
 
 def _in_our_time(claim: Claim, ahead_before: int, ahead_after: int) -> Claim:

@@ -48,7 +48,10 @@ WITH current AS MATERIALIZED (SELECT hookwright.clock() AS now), waking AS MATER
 )
 SELECT now, (
     SELECT array_agg(DISTINCT waking.endpoint_id) FROM waking JOIN hookwright.endpoint AS p ON p.id = waking.endpoint_id
-    WHERE p.deleted OR p.state = 'disabled'
+    WHERE (p.deleted OR p.state = 'disabled') AND (
+        waking.endpoint_id IN (SELECT endpoint_id FROM locked)
+        OR NOT EXISTS (SELECT 1 FROM hookwright.lane WHERE endpoint_id = waking.endpoint_id)
+    )
 ) FROM current
 """
 
@@ -80,8 +83,8 @@ SELECT lane.endpoint_id, due.id, due.ended
 FROM unnest($1::text[], $2::int[]) WITH ORDINALITY AS lane (endpoint_id, room, place)
 CROSS JOIN LATERAL (
     (SELECT d.id, d.created_at AS since, false AS ended FROM hookwright.delivery AS d
-     WHERE d.endpoint_id = lane.endpoint_id AND d.available_at = 0 AND {UNLEASED} AND d.id <> ALL($4::text[])
-     ORDER BY d.id LIMIT lane.room)
+     WHERE d.endpoint_id = lane.endpoint_id AND d.available_at <= 0 AND {UNLEASED} AND d.id <> ALL($4::text[])
+     ORDER BY d.available_at, d.id LIMIT lane.room)
     UNION ALL
     (SELECT d.id, d.available_at, false FROM hookwright.delivery AS d
      WHERE d.endpoint_id = lane.endpoint_id AND d.available_at > 0 AND d.available_at <= $3::bigint AND {UNLEASED}

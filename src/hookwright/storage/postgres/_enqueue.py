@@ -29,7 +29,9 @@ class Emitted(NamedTuple):
 
 # The order of ids and keys is that in which everybody inserts them: two that store the same ones wait in a line. What
 # is already there is left out, and looked at afterwards.
-ENQUEUE = """
+READ_COMMITTED = "current_setting('transaction_isolation') = 'read committed'"
+
+ENQUEUE = f"""
 WITH current AS MATERIALIZED (
     SELECT value AS revision, hookwright.clock() AS now FROM hookwright.meta WHERE key = 'endpoints_revision'
 ), new AS (
@@ -39,7 +41,7 @@ WITH current AS MATERIALIZED (
     FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::bigint[], $7::text[], $8::bytea[],
         $9::int[], $10::text[], $11::bigint[])
         AS e(id, type, tenant, data, attributes, occurred_at, key, digest, count, trace, revision), current
-    WHERE coalesce(e.revision, current.revision) = current.revision
+    WHERE coalesce(e.revision, current.revision) = current.revision AND ($18::bool OR {READ_COMMITTED})
     ORDER BY e.key, e.id
     ON CONFLICT DO NOTHING
     RETURNING id
@@ -58,7 +60,7 @@ WITH current AS MATERIALIZED (
 )
 SELECT current.revision, (SELECT array_agg(id) FROM new),
     CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped)
-        THEN pg_notify($17, '') IS NULL END
+        THEN pg_notify($17, '') IS NULL END, {READ_COMMITTED}
 FROM current
 """
 
@@ -79,8 +81,13 @@ async def enqueue(
     if again is not None:  # both would get the rows of both: what is repeated comes in a statement of its own
         before = await enqueue(database, waiting[:again], channel)
         return before + await enqueue(database, waiting[again:], channel)
-    revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel))
-    new = set(stored or ())
+    revision, stored, _, _ = await database.first(ENQUEUE, *arguments(waiting, channel), True)
+    return await _answers(database, waiting, revision, set(stored or ()))
+
+
+async def _answers(
+    database: Database, waiting: Sequence[Emitted], revision: int, new: set[str]
+) -> list[Receipt | HookwrightError]:
     found: dict[str, Any] = {}
     if len(new) < len(waiting):
         found = await _found(database, [emitted for emitted in waiting if emitted.event.id not in new])
@@ -99,7 +106,22 @@ async def enqueue(
 
 async def enqueue_all(database: Database, waiting: Sequence[Emitted], channel: str | None) -> list[Receipt]:
     """See `Storage.enqueue_many`. A refusal of one raises, so that nothing of the others stays."""
-    answers = await enqueue(database, waiting, channel)
+    return _all(await enqueue(database, waiting, channel))
+
+
+async def enqueue_unless_isolated(
+    database: Database, waiting: Sequence[Emitted], channel: str | None
+) -> list[Receipt] | None:
+    """Do what `enqueue_all` does, but write nothing where the transaction's snapshot may be old; None: so it is."""
+    if len({emitted.event.id for emitted in waiting}) < len(waiting):
+        if not await database.value(f"SELECT {READ_COMMITTED}"):
+            return None
+        return await enqueue_all(database, waiting, channel)
+    revision, stored, _, read_committed = await database.first(ENQUEUE, *arguments(waiting, channel), False)
+    return _all(await _answers(database, waiting, revision, set(stored or ()))) if read_committed else None
+
+
+def _all(answers: Sequence[Receipt | HookwrightError]) -> list[Receipt]:
     for answer in answers:
         if isinstance(answer, HookwrightError):
             raise answer

@@ -106,33 +106,36 @@ async def prune(database: Database, event_ids: Sequence[str]) -> int:
     )
     # Another statement: it sees what was committed before the locks were held.
     ended = await database.fetch(
-        "SELECT e.id FROM unnest($1::text[]) AS e (id) WHERE NOT EXISTS"
-        " (SELECT 1 FROM hookwright.delivery AS d WHERE d.event_id = e.id AND d.state = 'pending')",
+        "SELECT e.id FROM unnest($1::text[]) AS e (id) WHERE (SELECT d.id FROM hookwright.delivery AS d"
+        " WHERE d.event_id = e.id AND d.available_at IS NOT NULL LIMIT 1) IS NULL",
         [row[0] for row in held],
     )
     ids = [row[0] for row in ended]
     if not ids:
         return 0
-    await database.run(
-        "DELETE FROM hookwright.attempt WHERE delivery_id IN"
-        " (SELECT id FROM hookwright.delivery WHERE event_id = ANY($1::text[]))",
-        ids,
+    deliveries = await database.fetch(
+        "DELETE FROM hookwright.delivery WHERE event_id = ANY($1::text[]) RETURNING id", ids
     )
-    await database.run("DELETE FROM hookwright.delivery WHERE event_id = ANY($1::text[])", ids)
+    await database.run(
+        "DELETE FROM hookwright.attempt WHERE delivery_id = ANY($1::text[])", [row[0] for row in deliveries]
+    )
     return await database.run("DELETE FROM hookwright.event WHERE id = ANY($1::text[])", ids)
 
 
-# Ids sort by the time of the emit, near the row's own: so `since` bounds a walk along the ids as well, and a page of
-# the last hour does not read a history of years.
+# Ids sort by the time of the emit, near the row's own: so `since` and `until` bound a walk along the ids as well, and a
+# page of an hour does not read a history of years. No id is greater than "~".
 _AFTER_ID = """d.id > coalesce((
     SELECT max(x.id) FROM hookwright.delivery AS x WHERE x.event_id = (
         SELECT id FROM hookwright.event WHERE created_at < {} AND delivery_count > 0 ORDER BY created_at DESC LIMIT 1
     )
 ), '')"""
+_BEFORE_ID = """d.id < coalesce((
+    SELECT min(x.id) FROM hookwright.delivery AS x WHERE x.event_id = (
+        SELECT id FROM hookwright.event WHERE created_at >= {} AND delivery_count > 0 ORDER BY created_at LIMIT 1
+    )
+), '~')"""
 _ID_LAG = 600 * SECOND
 """The id has the time of a process, the row has the server's: so far their clocks may be apart."""
-
-_UNSUCCESSFUL = {DeliveryState.FAILED, DeliveryState.CANCELLED, DeliveryState.SKIPPED}
 
 
 def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
@@ -143,18 +146,17 @@ def _condition(where: DeliveryFilter) -> tuple[str, list[Any]]:
         "d.created_at >= {}": where.since,
         _AFTER_ID: None if where.since is None else where.since - _ID_LAG,
         "d.created_at < {}": where.until,
+        _BEFORE_ID: None if where.until is None else where.until + _ID_LAG,
         "e.tenant = {}": where.tenant,
     }
     used = {part: value for part, value in parts.items() if value is not None}
     conditions = [part.format(f"${number}") for number, part in enumerate(used, 1)]
-    if where.states:
-        # Written out, and the index's own condition with it, so that the planner sees that it applies.
-        wanted = ", ".join(f"'{state.value}'" for state in where.states)
+    # Written out, so that the planner sees which index applies: what is pending, and nothing else, has a time.
+    wanted = ", ".join(f"'{state.value}'" for state in where.states)
+    if where.states == (DeliveryState.PENDING,):
+        conditions.append("d.available_at IS NOT NULL")
+    elif where.states:
         conditions.append(f"d.state IN ({wanted})")
-        if set(where.states) <= _UNSUCCESSFUL:
-            conditions.append("d.state <> 'pending' AND d.state <> 'succeeded'")
-        elif where.states == (DeliveryState.PENDING,):
-            conditions.append("d.available_at IS NOT NULL")
     return " AND ".join(["true", *conditions]), list(used.values())
 
 

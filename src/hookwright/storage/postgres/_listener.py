@@ -28,6 +28,17 @@ PING_INTERVAL = 5.0
 PING_LIMIT = 5.0
 """Seconds that an answer may take: one that is half-open is noticed within 10."""
 
+LISTENING = 1_752_134_519
+"""The first number of the advisory lock that all who listen share ("hook"); the second is the channel's."""
+
+_OTHERS = """
+SELECT EXISTS (
+    SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = $1::int
+    AND objid = hashtext($2)::oid AND pid <> pg_backend_pid()
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+"""
+
 RECONNECT_MOST = 10.0
 """Seconds between two attempts to connect again, at most; each is drawn at random below a bound that doubles."""
 
@@ -53,6 +64,14 @@ class Listener:
             raise convert(error) from error
         self._task = asyncio.get_running_loop().create_task(self._watch(), name="hookwright-postgres-listener")
 
+    async def alone(self) -> bool:
+        """Say whether no other process listens, and so may deliver."""
+        try:
+            found = await self._connection.fetchval(_OTHERS, LISTENING, self._channel)
+        except Exception as error:
+            raise convert(error) from error
+        return not found
+
     async def close(self) -> None:
         """Disconnect."""
         task, self._task = self._task, None
@@ -66,12 +85,15 @@ class Listener:
         connection = self._connection = await asyncpg.connect(
             self._dsn, timeout=CONNECT_LIMIT, command_timeout=PING_LIMIT, statement_cache_size=0
         )
-        quoted = self._channel.replace('"', '""')
+        quoted, literal = self._channel.replace('"', '""'), self._channel.replace("'", "''")
         # Its own work a process knows of; what it hears from its pool's connections is that.
         self._lost.clear()
         connection.add_termination_listener(lambda _: self._lost.set())
         await connection.add_listener(self._channel, self._hear)
-        await connection.execute(f'LISTEN "{quoted}"; SELECT pg_advisory_lock_shared({self._owner})')
+        await connection.execute(
+            f'LISTEN "{quoted}"; SELECT pg_advisory_lock_shared({self._owner});'
+            f" SELECT pg_advisory_lock_shared({LISTENING}, hashtext('{literal}'))"
+        )
 
     def _hear(self, _connection: object, pid: int, _channel: str, _payload: object) -> None:
         if pid not in self._own:

@@ -51,7 +51,8 @@ _RESERVED = 3
 
 _TUNED = (
     "; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
-    "; SET LOCAL enable_hashagg = off; SET LOCAL plan_cache_mode = force_generic_plan"
+    "; SET LOCAL enable_hashagg = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off"
+    "; SET LOCAL plan_cache_mode = force_generic_plan"
 )
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
 

@@ -62,10 +62,10 @@ async def release(database: Database, leases: Sequence[Lease], *, sent: bool, ho
 
 # Those whose last attempt succeeded are proven, with room for one: else all would share the half of the slots that is
 # left for whoever hangs. The server's clock may have been set back: no turn, hold or limit reaches further than it
-# could now. $1 is now, $2 the turn.
+# could now. $1 is now, $2 the turn, $4 whether nobody else delivers.
 _RATE_MOST = f"$1::bigint + greatest(rate_interval, {SECOND})"
 _AHEAD = {
-    "earned": ("earned <> (last_success IS TRUE)::integer", "(last_success IS TRUE)::integer"),
+    "earned": ("$4::bool AND earned <> (last_success IS TRUE)::integer", "(last_success IS TRUE)::integer"),
     "due_at": (f"due_at > $2::bigint AND due_at < {TURNS_END}", "$2::bigint"),
     "hold_until": (f"hold_until > $1::bigint + {HOLD_MOST} AND hold_until < {FOREVER}", f"$1::bigint + {HOLD_MOST}"),
     "failing_since": (
@@ -84,12 +84,13 @@ _SET_BACK = ", ".join(
 )
 
 
-async def free_leases(database: Database) -> None:
+async def free_leases(database: Database, *, alone: bool) -> None:
     """What whoever begins to deliver does: the rows of the dead are due at once, and nobody has earned more than 1.
 
-    Who lives holds the advisory lock of its number, in another session than this.
+    Who lives holds the advisory lock of its number, in another session than this; those with numbers below 0 do not
+    show it. `alone`: no other process has the storage open, so that what endpoints have earned begins anew.
     """
-    owners = await database.fetch("SELECT DISTINCT owner FROM hookwright.lease")
+    owners = await database.fetch("SELECT DISTINCT owner FROM hookwright.lease WHERE owner > 0")
     # By a list of values: there the lock is tried once for each, and for nobody else.
     dead = await database.fetch(
         "SELECT owner FROM unnest($1::bigint[]) AS o (owner) WHERE pg_try_advisory_xact_lock(owner)",
@@ -103,6 +104,7 @@ async def free_leases(database: Database) -> None:
         now,
         now >> TURN_BITS,
         of_dead,
+        alone,
     )
     if not lanes:
         return
@@ -120,19 +122,18 @@ async def free_leases(database: Database) -> None:
         now,
         now >> TURN_BITS,
         endpoints,
+        alone,
     )
 
 
-# Along the queue's index, which alone gives this order: the endpoint's own holds what was swept before, and every batch
-# would pass by it. What is locked is being cancelled by somebody who had no lane to hold.
-_SWEEP = f"""
-UPDATE hookwright.delivery AS swept SET state = waiting.state, available_at = NULL, finished_at = $3 FROM (
-    SELECT first.id, s.state FROM unnest($1::text[], $2::text[]) AS s (endpoint_id, state) CROSS JOIN LATERAL (
-        SELECT d.id FROM hookwright.delivery AS d
-        WHERE d.endpoint_id = s.endpoint_id AND d.available_at IS NOT NULL AND {UNLEASED}
-        ORDER BY d.available_at, d.id LIMIT {SWEEP_ROWS} FOR NO KEY UPDATE OF d SKIP LOCKED
-    ) AS first LIMIT {SWEEP_ROWS}
-) AS waiting WHERE swept.id = waiting.id
+# The endpoint's own index holds what was swept before, and every batch would pass by it: the queue's index alone gives
+# this order. Rows that are locked are being cancelled by somebody who had no lane to hold.
+_WAITING = f"""
+SELECT first.id, s.state FROM unnest($1::text[], $2::text[]) AS s (endpoint_id, state) CROSS JOIN LATERAL (
+    SELECT d.id FROM hookwright.delivery AS d
+    WHERE d.endpoint_id = s.endpoint_id AND d.available_at IS NOT NULL AND {UNLEASED}
+    ORDER BY d.available_at, d.id LIMIT {SWEEP_ROWS} FOR NO KEY UPDATE OF d SKIP LOCKED
+) AS first LIMIT {SWEEP_ROWS}
 """
 
 _NONE_WAITS = """(
@@ -159,7 +160,18 @@ async def sweep(database: Database) -> bool:
         now,
     )
     await record_interruptions(database, [(row[0], row[1]) for row in ended], now)
-    if await database.run(_SWEEP, endpoints, [row[1] for row in lanes], now) >= SWEEP_ROWS:
+    # Else a lane of a million rows would be sorted for each batch, where few wait in most lanes.
+    await database.fetch("SELECT set_config('enable_sort', 'off', true)")
+    waiting = await database.fetch(_WAITING, endpoints, [row[1] for row in lanes])
+    for state in {row[1] for row in waiting}:
+        await database.run(
+            "UPDATE hookwright.delivery SET state = $1, available_at = NULL, finished_at = $2"
+            " WHERE id = ANY($3::text[])",
+            state,
+            now,
+            [row[0] for row in waiting if row[1] == state],
+        )
+    if len(waiting) >= SWEEP_ROWS:
         return True
     await database.run(
         f"DELETE FROM hookwright.lane AS l WHERE endpoint_id = ANY($1::text[]) AND sweep = 'cancelled'"

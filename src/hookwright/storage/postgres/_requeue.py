@@ -43,11 +43,12 @@ async def requeue(database: Database, delivery_ids: Sequence[str], states: Colle
         f" budget_from = d.attempt_count - least(d.interruptions, {FREE_INTERRUPTIONS})"
         " FROM hookwright.event AS e, hookwright.endpoint AS p WHERE d.id = ANY($1::text[])"
         " AND d.state = ANY($2::text[]) AND e.id = d.event_id AND p.id = d.endpoint_id AND NOT p.deleted"
-        f" AND p.state <> 'disabled' AND e.expunged_at IS NULL AND e.type <> '{TEST_TYPE}' AND {UNLEASED}"
+        f" AND p.state <> 'disabled' AND e.expunged_at IS NULL AND e.type <> $4 AND {UNLEASED}"
         " RETURNING d.endpoint_id",
         ids,
         [state.value for state in states],
         now,
+        TEST_TYPE,  # a parameter, since it begins like the names of our tables
     )
     await make_due(database, [(row[0], 0) for row in rows], now)
     return len(rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hookwright._errors import ConfigurationError
+from hookwright.storage.postgres._callers import IDENTITY
 from hookwright.storage.postgres._convert import too_new
 
 if TYPE_CHECKING:
@@ -20,15 +22,26 @@ OLDEST_SERVER = 140000
 """PostgreSQL 14, as the server numbers it."""
 
 
-async def migrate(database: Database, names: Names) -> None:
-    """Bring the schema up to date, in the caller's transaction. Raises SchemaTooNew, and has then changed nothing.
+async def migrate(database: Database, names: Names) -> tuple[Any, ...]:
+    """Bring the schema up to date, in one transaction, and return its identity. Raises SchemaTooNew, or StorageError.
 
     Whoever comes second waits for the first. Processes of the version before go on meanwhile and afterwards.
     """
     await database.fetch("SELECT pg_advisory_xact_lock(hashtextextended('hookwright ' || $1, 0))", names.schema)
+    await _check_server(database)
     schema = await _schema_of(database, names)
-    if schema == SCHEMA:
-        return
+    if schema < SCHEMA:
+        await _migrate(database, names, schema)
+    return tuple(await database.first(IDENTITY, f"{names.quoted}.event"))
+
+
+async def _check_server(database: Database) -> None:
+    version = int(await database.value("SELECT current_setting('server_version_num')"))
+    if version < OLDEST_SERVER:
+        raise ConfigurationError(f"PostgreSQL 14 or later is needed, the server is {version // 10000}")
+
+
+async def _migrate(database: Database, names: Names, schema: int) -> None:
     if schema == 0:
         if not await database.value("SELECT to_regnamespace($1) IS NOT NULL", names.quoted):
             await database.run(f"CREATE SCHEMA {names.quoted}")

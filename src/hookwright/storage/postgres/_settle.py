@@ -116,8 +116,8 @@ class _Settling:
         id = outcome.delivery_id
         self.ended.append((outcome.endpoint_id, id, outcome.state.value, retry_at, finished_at, *tried))
         if attempt is not None:
-            row = attempt_row(id, number, attempt)
-            self._attempts.append(row)
+            detail = None if attempt.detail is None else attempt.detail.replace("\0", "\ufffd")  # it takes no U+0000
+            self._attempts.append(attempt_row(id, number, attempt._replace(detail=detail)))
 
     async def _count(self, database: Database, outcome: Outcome, due_at: int) -> Settled:
         endpoint_id = outcome.endpoint_id

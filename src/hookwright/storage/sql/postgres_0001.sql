@@ -153,3 +153,12 @@ ALTER TABLE hookwright.delivery SET (autovacuum_vacuum_scale_factor = 0.01, auto
     autovacuum_analyze_scale_factor = 0.02);
 ALTER TABLE hookwright.event SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
 ALTER TABLE hookwright.attempt SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
+
+-- ANALYZE would keep samples of their values, secrets and personal data among them; nothing is planned by these.
+ALTER TABLE hookwright.endpoint ALTER url SET STATISTICS 0, ALTER filters SET STATISTICS 0, ALTER name SET STATISTICS 0,
+    ALTER description SET STATISTICS 0, ALTER metadata SET STATISTICS 0, ALTER headers SET STATISTICS 0,
+    ALTER keys SET STATISTICS 0;
+ALTER TABLE hookwright.event ALTER data SET STATISTICS 0, ALTER attributes SET STATISTICS 0,
+    ALTER trace_context SET STATISTICS 0;
+ALTER TABLE hookwright.attempt ALTER detail SET STATISTICS 0, ALTER response_headers SET STATISTICS 0,
+    ALTER response_body SET STATISTICS 0;

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
+from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _requeue, _schema, _settle
+from hookwright.storage.sqlite._callers import Callers
 from hookwright.storage.sqlite._owner import BUSY_LIMIT, Connected, Database, Owner, closed, convert, transaction
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Sequence
-    from typing import TypeVar
+    from collections.abc import Callable, Collection, Coroutine, Sequence
+    from typing import Any, TypeVar
 
     from hookwright._clock import Clock
     from hookwright._errors import HookwrightError
@@ -68,6 +70,7 @@ class SQLiteStorage(Storage):
         self._owner: Owner | None = None
         self._reader: Connected | None = None
         self._file = self._path
+        self._callers = Callers(self._path)
         self._lock = _schema.DeliverLock(self._path)
         self._freed = False
         self._closing = asyncio.Event()
@@ -99,7 +102,7 @@ class SQLiteStorage(Storage):
             _schema.create_file(self._file)
         except OSError as error:
             raise convert(error) from error
-        self._lock, self._freed = _schema.DeliverLock(self._file), False
+        self._lock, self._freed, self._callers = _schema.DeliverLock(self._file), False, Callers(self._file)
         owner, reader = Owner(self._file), Connected(self._file)
         await owner.open(partial(_schema.prepare_writer, self._file))
         try:
@@ -141,20 +144,52 @@ class SQLiteStorage(Storage):
             self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True
 
-    async def enqueue(self, event: EventRow, deliveries: Sequence[NewDelivery], *, endpoints_revision: int) -> Receipt:
+    async def enqueue(
+        self,
+        event: EventRow,
+        deliveries: Sequence[NewDelivery],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> Receipt:
         """See `Storage.enqueue`."""
-        receipt: Receipt = await self._opened().submit_to(
-            self._enqueue_all, _enqueue.Emitted(event, deliveries, endpoints_revision)
-        )
+        emitted = _enqueue.Emitted(event, deliveries, endpoints_revision)
+        if connection is not None:
+            return (await self._enqueue_through(connection, [emitted]))[0]
+        receipt: Receipt = await self._opened().submit_to(self._enqueue_all, emitted)
         return receipt
 
     def _enqueue_all(self, database: Database, waiting: list[_enqueue.Emitted]) -> list[Receipt | HookwrightError]:
         return _enqueue.enqueue(database, waiting, self._now())
 
-    async def enqueue_many(self, emissions: Sequence[Emission], *, endpoints_revision: int) -> list[Receipt]:
+    async def enqueue_many(
+        self,
+        emissions: Sequence[Emission],
+        *,
+        endpoints_revision: int,
+        connection: CallersConnection | None = None,
+    ) -> list[Receipt]:
         """See `Storage.enqueue_many`."""
         waiting = [_enqueue.Emitted(*emission, endpoints_revision) for emission in emissions]
+        if connection is not None:
+            return await self._enqueue_through(connection, waiting)
         return await self._write(lambda database, now: _enqueue.enqueue_many(database, waiting, now))
+
+    async def _enqueue_through(
+        self, connection: CallersConnection, waiting: Sequence[_enqueue.Emitted]
+    ) -> list[Receipt]:
+        now = self._now()
+        check_kind(connection, "sqlite", self)
+        return await self._callers.enqueue(connection, waiting, now)
+
+    def watch(self, connection: CallersConnection, committed: Callable[[], None]) -> Coroutine[Any, Any, None] | None:
+        """See `Storage.watch`: by the connection's `in_transaction`, which costs no statement, and the WAL's stamp."""
+        return self._callers.watch(connection, committed)
+
+    @property
+    def connection_risk(self) -> str | None:
+        """See `Storage.connection_risk`: an SQLite with the WAL-reset bug."""
+        return None if _schema.resets_the_log_safely() else _schema.RISK
 
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`."""
@@ -258,8 +293,14 @@ class SQLiteStorage(Storage):
 
     async def changes(self, since_revision: int) -> Changes:
         """See `Storage.changes`."""
-        # On the writer, where it is quick: behind a long read of the history every emit would wait for it.
-        return await self._write(lambda database, _: _endpoints.changes(database, since_revision))
+
+        def read(database: Database) -> Changes:
+            with transaction(database, "BEGIN"):
+                return _endpoints.changes(database, since_revision)
+
+        # On the writer's connection, where it is quick: behind a long read of the history every emit would wait for
+        # it. Outside the writer's transactions: those wait for callers' that may be waiting for this.
+        return await self._opened().call(read)
 
     async def get_event(self, event_id: str) -> Event:
         """See `Storage.get_event`."""

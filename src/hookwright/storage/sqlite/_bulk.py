@@ -12,7 +12,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hookwright.storage.sqlite._owner import Database
 
@@ -28,13 +28,23 @@ def rows_at_once(database: Database, query: str, parameters: Any) -> list[list[A
     return rows
 
 
+Statement = tuple[str, "Sequence[Any]"]
+"""SQL and its parameters."""
+
+
 def update_alike(database: Database, update: str, changes: Iterable[tuple[tuple[Any, ...], str]]) -> None:
     """Run an update once for all rows that change alike: its last parameter is their keys, for `json_each`."""
+    for statement in updates_alike(update, changes):
+        database.execute(*statement)
+
+
+def updates_alike(update: str, changes: Iterable[tuple[tuple[Any, ...], str]]) -> Iterator[Statement]:
+    """Return the statements of `update_alike`."""
     alike: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for values, key in changes:
         alike[values].append(key)
     for values, keys in alike.items():
-        database.execute(update, (*values, json.dumps(keys)))
+        yield update, (*values, json.dumps(keys))
 
 
 _TOGETHER = 32
@@ -42,8 +52,14 @@ _TOGETHER = 32
 
 def insert_rows(database: Database, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
     """Insert rows into a table, or into some columns of it, several with one statement."""
+    for statement in inserts(into, rows):
+        database.execute(*statement)
+
+
+def inserts(into: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[Statement]:
+    """Return the statements of `insert_rows`."""
     for begin in range(0, len(rows), _TOGETHER):
         some = rows[begin : begin + _TOGETHER]
         one = f"({', '.join('?' * len(some[0]))})"
         values = ", ".join([one] * len(some))
-        database.execute(f"INSERT INTO {into} VALUES {values}", [*itertools.chain.from_iterable(some)])
+        yield f"INSERT INTO {into} VALUES {values}", [*itertools.chain.from_iterable(some)]

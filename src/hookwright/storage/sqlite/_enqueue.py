@@ -1,4 +1,8 @@
-"""Enqueue: all the events that wait, with their rows, in one go."""
+"""Enqueue: all the events that wait, with their rows, in one go.
+
+What is asked and written is a generator of statements that is sent their rows. Our own connection runs them in its
+thread without a pause; through a connection of the caller's they go one by one.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
 from hookwright._models import Receipt
-from hookwright.storage.sqlite._bulk import insert_rows
-from hookwright.storage.sqlite._lanes import make_due, revision
+from hookwright.storage.sqlite._bulk import inserts
+from hookwright.storage.sqlite._lanes import making_due, revision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Generator, Sequence
+    from typing import Any, TypeVar
 
     from hookwright._models import EventRow, NewDelivery
+    from hookwright.storage.sqlite._bulk import Statement
     from hookwright.storage.sqlite._owner import Database
+
+    T = TypeVar("T")
+    Steps = Generator[Statement, Sequence[Sequence[Any]], T]
 
 
 class Emitted(NamedTuple):
@@ -36,36 +44,53 @@ def enqueue_many(database: Database, waiting: Sequence[Emitted], now: int) -> li
 
 def enqueue(database: Database, waiting: Sequence[Emitted], now: int) -> list[Receipt | HookwrightError]:
     """Answer each as `Storage.enqueue` says: its receipt, or why it was refused."""
-    current = revision(database)
+    steps = enqueueing(waiting, revision(database), now)
+    try:
+        statement = next(steps)
+        while True:
+            statement = steps.send(database.execute(*statement).fetchall())
+    except StopIteration as end:
+        answers: list[Receipt | HookwrightError] = end.value
+        return answers
+
+
+def enqueueing(waiting: Sequence[Emitted], current: int, now: int) -> Steps[list[Receipt | HookwrightError]]:
+    """Return the steps of `enqueue`, given the endpoint counter as it is in their transaction."""
     new: list[Emitted] = []
-    answers = [_admit(database, emitted, new, current, now) for emitted in waiting]
+    answers: list[Receipt | HookwrightError] = []
+    for emitted in waiting:
+        if _is_keyed(emitted.event):
+            answers.append((yield from _admit_keyed(emitted, new, current, now)))
+        else:
+            answers.append(_admit(emitted, new, current))
     events = [_event_row(emitted, now) for emitted in new if not _is_keyed(emitted.event)]
-    insert_rows(database, "hookwright_event", events)
+    yield from inserts("hookwright_event", events)
     deliveries = [_delivery_row(emitted.event.id, delivery, now) for emitted in new for delivery in emitted.deliveries]
-    insert_rows(database, _DELIVERY, deliveries)
+    yield from inserts(_DELIVERY, deliveries)
     due = ((d.endpoint_id, d.available_at) for emitted in new for d in emitted.deliveries if not d.skipped)
-    make_due(database, due, now)
+    yield from making_due(due, now)
     return answers
 
 
-def _admit(
-    database: Database, emitted: Emitted, new: list[Emitted], current: int, now: int
-) -> Receipt | HookwrightError:
+def _admit(emitted: Emitted, new: list[Emitted], current: int) -> Receipt | HookwrightError:
     """Decide about one, and put it with the new ones unless it is refused or a duplicate."""
-    event = emitted.event
-    if _is_keyed(event):
-        try:
-            duplicate = _duplicate(database, event)
-        except ConflictError as conflict:
-            return conflict
-        if duplicate is not None:
-            return duplicate
     if emitted.endpoints_revision != current:
         return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
-    if _is_keyed(event):  # at once, so that the next one in this group with the same key finds it
-        insert_rows(database, "hookwright_event", [_event_row(emitted, now)])
     new.append(emitted)
-    return Receipt(event.id, _count(emitted))
+    return Receipt(emitted.event.id, _count(emitted))
+
+
+def _admit_keyed(emitted: Emitted, new: list[Emitted], current: int, now: int) -> Steps[Receipt | HookwrightError]:
+    try:
+        duplicate = yield from _duplicate(emitted.event)
+    except ConflictError as conflict:
+        return conflict
+    if duplicate is not None:
+        return duplicate
+    answer = _admit(emitted, new, current)
+    if isinstance(answer, Receipt):  # at once, so that the next one in this group with the same key finds it
+        yield from inserts("hookwright_event", [_event_row(emitted, now)])
+    return answer
 
 
 def _is_keyed(event: EventRow) -> bool:
@@ -73,14 +98,15 @@ def _is_keyed(event: EventRow) -> bool:
     return event.digest is not None or event.idempotency_key is not None
 
 
-def _duplicate(database: Database, event: EventRow) -> Receipt | None:
+def _duplicate(event: EventRow) -> Steps[Receipt | None]:
     # Two look-ups by unique index: an OR would scan.
     select = "SELECT id, digest, delivery_count, tenant FROM hookwright_event WHERE "
-    found = database.execute(select + "id = ?", (event.id,)).fetchone()
-    if found is None and event.idempotency_key is not None:
-        found = database.execute(select + "idempotency_key = ?", (event.idempotency_key,)).fetchone()
-    if found is None:
+    rows = yield select + "id = ?", (event.id,)
+    if not rows and event.idempotency_key is not None:
+        rows = yield select + "idempotency_key = ?", (event.idempotency_key,)
+    if not rows:
         return None
+    found = rows[0]
     if found[1] != event.digest:
         key = "event_id" if found[0] == event.id else "idempotency_key"
         # Another tenant's ids are not told.

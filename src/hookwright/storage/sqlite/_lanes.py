@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from hookwright.storage.sqlite._bulk import update_alike
+from hookwright.storage.sqlite._bulk import updates_alike
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from hookwright.storage.sqlite._bulk import Statement
     from hookwright.storage.sqlite._owner import Database
 
 TURN_BITS = 12
@@ -33,13 +34,18 @@ UNLEASED = """NOT EXISTS (
 
 def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> None:
     """Make lanes due no later than these rows (endpoint, available_at), each lane in one step."""
+    for statement in making_due(rows, now):
+        database.execute(*statement)
+
+
+def making_due(rows: Iterable[tuple[str, int]], now: int) -> Iterator[Statement]:
+    """Return the statements of `make_due`."""
     turn = now >> TURN_BITS
     earliest: dict[str, int] = {}
     for endpoint_id, available_at in rows:
         due_at = available_at if available_at > now else turn
         earliest[endpoint_id] = min(due_at, earliest.get(endpoint_id, due_at))
-    update_alike(
-        database,
+    return updates_alike(
         "UPDATE hookwright_lane SET due_at = ?1 WHERE endpoint_id IN (SELECT value FROM json_each(?2)) AND due_at > ?1",
         (((due_at,), endpoint_id) for endpoint_id, due_at in earliest.items()),
     )

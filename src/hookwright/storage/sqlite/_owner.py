@@ -348,7 +348,8 @@ def closed() -> StorageClosed:
 _BY_CODE = {
     sqlite3.SQLITE_BUSY: (
         StorageBusy,
-        "another writer holds the database's lock; if it is your own open transaction, commit it first",
+        "another writer holds the database's lock; if it is your own open transaction, commit it first, or emit in it"
+        " with connection=",
     ),
     sqlite3.SQLITE_LOCKED: (StorageBusy, "another statement holds a table's lock; repeat"),
     sqlite3.SQLITE_FULL: (StorageFull, "the disk, or the quota, is full; free space and repeat"),
@@ -370,3 +371,23 @@ def convert(error: sqlite3.Error | OSError) -> StorageError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     kind, advice = _BY_CODE.get(code, (StorageError, "the database reported an error"))
     return kind(f"{advice} (SQLite: {error})")
+
+
+DRIVER_ERRORS = (sqlite3.Error, OSError)
+"""What `convert` and `convert_callers` take."""
+
+
+def convert_callers(error: sqlite3.Error | OSError) -> StorageError:
+    """Do what `convert` does for an error on a connection of the caller's, where other advice helps."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code == sqlite3.SQLITE_BUSY_SNAPSHOT:
+        return StorageBusy(
+            "somebody else has written since your transaction began to read, so that it cannot write any more: roll it"
+            f" back, and begin it with BEGIN IMMEDIATE (SQLite: {error})"
+        )
+    if code & 0xFF == sqlite3.SQLITE_BUSY:
+        return StorageBusy(
+            "another writer holds the database's lock, and a transaction that has only read does not wait for it: roll"
+            f" it back, and begin it with BEGIN IMMEDIATE, which waits as long as your timeout= (SQLite: {error})"
+        )
+    return convert(error)

@@ -20,6 +20,21 @@ SCHEMA = 1
 
 _OLDEST_SQLITE = (3, 35, 0)  # RETURNING
 
+_FIXED = ((3, 44, 6), (3, 50, 7), (3, 51, 3))  # https://sqlite.org/wal.html#walresetbug
+
+
+def resets_the_log_safely(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> bool:
+    """Whether SQLite is free of the race of two checkpoints that may damage a database (3.7.0 to 3.51.2 have it)."""
+    return version >= _FIXED[-1] or any(version[:2] == fixed[:2] and version >= fixed for fixed in _FIXED)
+
+
+RISK = (
+    f"this Python has SQLite {sqlite3.sqlite_version}, where two connections that move the WAL into the file at the"
+    " same moment may damage it (fixed in 3.51.3, see https://sqlite.org/wal.html#walresetbug). Connections given as"
+    " connection= no longer do so from now on (PRAGMA wal_autocheckpoint = 0): set it on the application's other"
+    " connections to the file, too, or use a Python with a later SQLite"
+)
+
 
 def create_file(path: Path) -> None:
     """Create the file for its owner only: SQLite would make it readable for everybody; the WAL inherits the mode."""

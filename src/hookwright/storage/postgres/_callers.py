@@ -1,0 +1,106 @@
+"""Enqueue through a connection of the caller's: one statement in his transaction, which only appends."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from hookwright._errors import StaleEndpoints, ValidationFailed
+from hookwright.storage.postgres._convert import convert
+from hookwright.storage.postgres._database import Database
+from hookwright.storage.postgres._enqueue import enqueue_all, enqueue_unless_isolated
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from hookwright._models import Receipt
+    from hookwright.storage._connections import CallersConnection
+    from hookwright.storage.postgres._database import Names
+    from hookwright.storage.postgres._enqueue import Emitted
+
+IDENTITY = "SELECT current_database()::text, to_regclass($1)::oid::bigint"
+"""Which database it is, and which table in it: whoever gets the same answer writes to the same one."""
+
+_DRIVERS = {"asyncpg", "psycopg", "sqlalchemy"}
+
+
+class _Through:
+    """A caller's connection, as `Database` uses one."""
+
+    def __init__(self, connection: CallersConnection) -> None:
+        self._connection = connection
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Any]:
+        return await self._connection.fetch(query, args)
+
+    async def execute(self, query: str, *args: Any) -> str:
+        await self._connection.fetch(query, args)
+        return ""
+
+
+class Callers:
+    """The connections of callers that write to one schema. `revision` reads the endpoint counter beside them."""
+
+    def __init__(
+        self, names: Names, identity: tuple[Any, ...], channel: str | None, revision: Callable[[], Awaitable[int]]
+    ) -> None:
+        self._names = names
+        self._identity = identity
+        self._channel = channel
+        self._revision = revision
+        self._admitted: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    async def enqueue(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
+        """See `Storage.enqueue`: all or none."""
+        database = Database(_Through(connection), self._names)
+        try:
+            await self._admit(connection)
+            if len(waiting) == 1:
+                return await self._enqueue(database, waiting)
+            async with _savepoint(connection):
+                return await self._enqueue(database, waiting)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in _DRIVERS or isinstance(error, OSError):
+                raise convert(error) from error
+            raise
+
+    async def _enqueue(self, database: Database, waiting: Sequence[Emitted]) -> list[Receipt]:
+        receipts = await enqueue_unless_isolated(database, waiting, self._channel)
+        if receipts is not None:
+            return receipts
+        # His snapshot may be older than this emit, and show an old counter: an endpoint that was created in between
+        # is seen from beside it only.
+        revision = await self._revision()
+        if any(emitted.endpoints_revision != revision for emitted in waiting):
+            raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+        return await enqueue_all(
+            database, [emitted._replace(endpoints_revision=None) for emitted in waiting], self._channel
+        )
+
+    async def _admit(self, connection: CallersConnection) -> None:
+        """Refuse a connection to anything but our database, before a statement fails and ends his transaction."""
+        driver = getattr(connection.driver, "_con", None) or connection.driver  # behind asyncpg's pool
+        if driver in self._admitted:
+            return
+        [row] = await connection.fetch(IDENTITY, [f"{self._names.quoted}.event"])
+        if tuple(row) != self._identity:
+            raise ValidationFailed(
+                "connection",
+                f"it is connected to the database {row[0]!r}, where this dispatcher has no events (its own is"
+                f" {self._identity[0]!r}, in the schema {self._names.schema!r}): they must be in one database",
+            )
+        self._admitted.add(driver)
+
+
+@contextlib.asynccontextmanager
+async def _savepoint(connection: CallersConnection) -> Any:
+    await connection.fetch("SAVEPOINT hookwright_emit")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # a connection that is lost has lost this with it
+            await connection.fetch("ROLLBACK TO SAVEPOINT hookwright_emit")
+            await connection.fetch("RELEASE SAVEPOINT hookwright_emit")
+        raise
+    await connection.fetch("RELEASE SAVEPOINT hookwright_emit")
