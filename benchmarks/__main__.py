@@ -27,7 +27,7 @@ from benchmarks import (
     postgres,
     scale,
     stall,
-
+    transaction,
 )
 from benchmarks._document import fill
 from benchmarks._harness import save, show
@@ -65,6 +65,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scale": scale,
     "stall": stall,
     "postgres": postgres,
+    "transaction": transaction,
     
 }
 RESULTS = Path(__file__).with_name("results")
