@@ -66,7 +66,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "stall": stall,
     "postgres": postgres,
     "transaction": transaction,
-    
 }
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -65,8 +65,10 @@ class Counter:
     async def rate(self, count: int, seconds: float) -> float:
         """Wait for so many requests, for so long at most; return how many there were in a second, first to last."""
         async with asyncio.timeout(seconds):
-            while (seen := await self._ask(b"seen\n"))[0] < count:
+            seen = await self._ask(b"seen\n")
+            while seen[0] < count:
                 await asyncio.sleep(0.05)
+                seen = await self._ask(b"seen\n")
         assert seen[0] == count, f"{seen[0]} requests for {count} deliveries"
         return (count - 1) / (seen[2] - seen[1]) * 1e9
 

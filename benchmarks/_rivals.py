@@ -1,7 +1,8 @@
 """procrastinate and pgqueuer: jobs that are stored before, and workers that POST them, each at its best here.
 
 Both have what an application would give them: one aiohttp session, the same body, signed in the same way, as many POSTs
-in flight as the dispatcher has, tables that are logged, and the server's own synchronous_commit. Neither keeps attempts.
+in flight as the dispatcher has, tables that are logged, and the server's own synchronous_commit. Neither keeps
+attempts.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ DELETE_JOBS = "always"
 PGQUEUER_CONNECTIONS = 10
 """asyncpg's default."""
 
-PGQUEUER_BATCH = 100
-"""The best of 10 (its default), 50, 100 and 250."""
+PGQUEUER_AHEAD = 1
+"""Jobs that it may hold for each that is in flight; the best of 1, 2, 5, and of no bound (the connector's alone)."""
+
+PGQUEUER_BATCH = 40
+"""As many as that bound allows, half of it; without the bound the best of 10 (its default), 50, 100 and 250 is 100."""
 
 
 class _Sender:
@@ -81,9 +85,7 @@ async def store_procrastinate(dsn: str, count: int) -> None:
             await defer.batch_defer_async(*({"number": number, "body": TEXT} for number in some))
 
 
-async def run_procrastinate(
-    dsn: str, urls: list[str], in_flight: int, go: asyncio.Event, stop: asyncio.Event
-) -> None:
+async def run_procrastinate(dsn: str, urls: list[str], in_flight: int, go: asyncio.Event, stop: asyncio.Event) -> None:
     """Work between the two events."""
     logging.getLogger("procrastinate").setLevel(logging.WARNING)
     app = _app(dsn)
@@ -118,10 +120,7 @@ async def store_pgqueuer(dsn: str, count: int) -> None:
 
 
 async def run_pgqueuer(dsn: str, urls: list[str], in_flight: int, go: asyncio.Event, stop: asyncio.Event) -> None:
-    """Work between the two events. It takes jobs as fast as it can; the connector alone bounds what is in flight.
-
-    Its own bound (max_concurrent_tasks) is worse here: a worker that has reached it waits for a notification.
-    """
+    """Work between the two events."""
     size = PGQUEUER_CONNECTIONS
     async with _sender(urls, in_flight) as sender, asyncpg.create_pool(dsn, min_size=size, max_size=size) as pool:
         queue = PgQueuer(AsyncpgPoolDriver(pool))
@@ -133,7 +132,13 @@ async def run_pgqueuer(dsn: str, urls: list[str], in_flight: int, go: asyncio.Ev
             await sender.send(int(number), body)
 
         await go.wait()
-        working = asyncio.create_task(queue.run(batch_size=PGQUEUER_BATCH, dequeue_timeout=timedelta(seconds=1)))
+        working = asyncio.create_task(
+            queue.run(
+                batch_size=PGQUEUER_BATCH,
+                max_concurrent_tasks=PGQUEUER_AHEAD * in_flight,
+                dequeue_timeout=timedelta(seconds=1),
+            )
+        )
         await stop.wait()
         queue.shutdown.set()
         await working

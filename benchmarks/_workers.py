@@ -91,7 +91,9 @@ class Worker:
 
 
 @asynccontextmanager
-async def workers(kind: str, dsn: str, urls: list[str], *, in_flight: int, count: int = 1) -> AsyncIterator[list[Worker]]:
+async def workers(
+    kind: str, dsn: str, urls: list[str], *, in_flight: int, count: int = 1
+) -> AsyncIterator[list[Worker]]:
     """Start so many, give them when all are ready, and end them."""
     pipe = asyncio.subprocess.PIPE
     command = (sys.executable, "-m", "benchmarks._workers", kind, dsn, str(in_flight), *urls)

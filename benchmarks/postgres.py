@@ -199,7 +199,9 @@ class _Deliveries:
         self._counter = counter
         self.servers: defaultdict[str, list[float]] = defaultdict(list)
 
-    async def hookwright(self, name: str, count: int, *, processes: int = 1, in_flight: int = 0, path: str = "") -> Cost:
+    async def hookwright(
+        self, name: str, count: int, *, processes: int = 1, in_flight: int = 0, path: str = ""
+    ) -> Cost:
         urls = [url + path for url in self._counter.urls]
         async with self._there.database() as dsn:
             await _store_hookwright(dsn, count, urls)
