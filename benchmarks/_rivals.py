@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from pgqueuer.models import Job
+    from procrastinate.types import JSONDict
 
 TEXT = BODY.decode()
 
@@ -82,7 +83,8 @@ async def store_procrastinate(dsn: str, count: int) -> None:
         defer = app.configure_task("post")
         for begin in range(0, count, 500):
             some = range(begin, min(begin + 500, count))
-            await defer.batch_defer_async(*({"number": number, "body": TEXT} for number in some))
+            jobs: list[JSONDict] = [{"number": number, "body": TEXT} for number in some]
+            await defer.batch_defer_async(*jobs)
 
 
 async def run_procrastinate(dsn: str, urls: list[str], in_flight: int, go: asyncio.Event, stop: asyncio.Event) -> None:

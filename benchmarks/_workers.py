@@ -29,10 +29,14 @@ LIMIT = 150.0
 
 
 async def run_hookwright(dsn: str, _: list[str], in_flight: int, go: asyncio.Event, stop: asyncio.Event) -> None:
-    """Work between the two events; `in_flight` 0 leaves the dispatcher's concurrency at its default."""
-    further = {"concurrency": in_flight} if in_flight else {}
-    network = NetworkPolicy.development()
-    dispatcher = Dispatcher(PostgresStorage(dsn), transport=DirectTransport(), network=network, keys=[], **further)
+    """Work between the two events."""
+    dispatcher = Dispatcher(
+        PostgresStorage(dsn),
+        transport=DirectTransport(),
+        network=NetworkPolicy.development(),
+        keys=[],
+        concurrency=in_flight,
+    )
     await go.wait()
     async with dispatcher:
         await stop.wait()
