@@ -13,6 +13,7 @@ pytest.register_assert_rewrite("hookwright.testing")
 from hookwright.testing import VirtualClock  # noqa: E402  # what is rewritten must not have been read before
 from tests.postgres.plugin import (  # noqa: E402, F401  # hooks and fixtures
     new_schema,
+    postgres_database,
     postgres_dsn,
     postgres_schema,
     pytest_configure,

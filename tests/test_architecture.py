@@ -20,12 +20,12 @@ SOURCE = ROOT / "src" / "hookwright"
 # From the bottom up. A module imports only from lines above its own, and from its own line nothing but what
 # WITHIN_A_LINE names. Lines 0 to 2 are L0 of docs/design.md, 3 to 5 L1, 6 to 7 L2, 8 to 11 L3, 12 L4, the rest L5.
 LINES = [
-    ["_errors", "_version", "storage.sql", "transport", "storage"],
+    ["_errors", "_version", "storage.sql", "transport"],
     ["_clock", "_deadlines", "_pace", "_ids", "_secret", "_addresses", "_certificate", "storage._connections"],
     ["_health", "_conditions"],
     ["_models"],
     ["_envelope", "_signing", "_observe", "_vault", "transport._base", "storage._base"],
-    ["_catalogue", "_retry"],
+    ["_catalogue", "_retry", "storage"],
     ["_snapshot"],
     ["_profile", "_matching"],
     ["storage._cursor", "storage._rooms", "storage._lane_health", "transport._resolver", "transport._pools"],

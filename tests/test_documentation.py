@@ -39,16 +39,20 @@ SNIPPETS = _snippets()
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-async def test_an_example_in_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_example_in_the_documentation_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
     snippet = SNIPPETS[name]
-    if "fastapi" in snippet:
+    if "DATABASE_URL" in snippet:
+        monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_database"))
+    if "fastapi" in snippet and "asyncio.run(" not in snippet:
         compile(snippet, name, "exec")  # an application's own framework; the lifespan itself is run in examples/
         return
     if "asyncio.run(" in snippet:  # a program
-        await asyncio.to_thread(exec, compile(snippet, name, "exec"), {"__name__": "__main__"})
+        await asyncio.to_thread(exec, compile(snippet, name, "exec", dont_inherit=True), {"__name__": "__main__"})
         return
-    code = compile(snippet, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(snippet, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     done = eval(code, {"__name__": "example"})
     if inspect.iscoroutine(done):
         await asyncio.wait_for(done, 20)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import time
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,13 @@ from hookwright import (
     NewEvent,
     NotFound,
     StorageBusy,
+    StorageError,
     ValidationFailed,
 )
+from hookwright.storage.sqlite._callers import _LOOK_MOST
 from hookwright.storage.sqlite._schema import resets_the_log_safely
 from hookwright.testing import FakeTransport
+from hookwright.testing._storage_contract_base import CancelledAt
 from tests.applications import CONNECTIONS, ORDER, App, begin, explicit, immediate, plain, run, session_of
 from tests.conftest import URL, until
 
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Finish = Callable[[], Awaitable[None]]
+
+
+CANARY = "in-no-exception"
 
 
 @pytest.fixture
@@ -142,28 +149,44 @@ async def test_several_events_are_in_one_transaction_all_or_none(app: App, conne
 # -- waking -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def only_the_watch_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And looks as seldom as at a transaction that takes its time; the look four times a second comes too late."""
+    monkeypatch.setattr("hookwright.storage.sqlite._POLL", 60)
+    monkeypatch.setattr("hookwright.storage.sqlite._callers._LOOK_FIRST", _LOOK_MOST)
+
+
+@pytest.mark.usefixtures("only_the_watch_wakes")
 async def test_delivery_begins_within_50_ms_of_the_commit(app: App, connection: Any) -> None:
     delays = []
     for _ in range(10):
         await begin(connection)
         receipt = await app.dispatcher.emit("order.placed", connection=connection)
-        await asyncio.sleep(0.1)  # a transaction that takes its time: the watch looks less often by now
         began = time.perf_counter()
         await connection.commit()
         await app.delivered(receipt.event_id)
         delays.append(time.perf_counter() - began)
-    assert sorted(delays)[5] < 0.05  # what else looks at the file does so four times a second
+    assert sorted(delays)[4] < 0.05  # not the worst: others use the machine, too
 
 
+@pytest.mark.usefixtures("only_the_watch_wakes")
 async def test_transactions_without_a_pause_between_them_are_delivered_one_by_one(app: App) -> None:
     async with aiosqlite.connect(app.path, isolation_level=None) as connection:
         await connection.execute("BEGIN IMMEDIATE")
-        for _ in range(3):
+        for _ in range(5):
             receipt = await app.dispatcher.emit("order.placed", connection=connection)
-            began = time.perf_counter()
             await connection.executescript("BEGIN")  # commits first: both at once
             await app.delivered(receipt.event_id)
-            assert time.perf_counter() - began < 0.2
+
+
+async def test_the_watch_ends_although_the_driver_has_begun_the_next_transaction(app: App) -> None:
+    async with aiosqlite.connect(app.path, isolation_level=None) as connection:
+        await connection.execute("BEGIN IMMEDIATE")
+        receipt = await app.dispatcher.emit("order.placed", connection=connection)
+        await connection.executescript("BEGIN")  # as with Python 3.12's autocommit=False
+        await app.delivered(receipt.event_id)
+        await until(lambda: not app.dispatcher._emitter._watching)
+        assert connection.in_transaction
 
 
 async def test_a_transaction_is_watched_by_one_task_which_ends_with_it(app: App, connection: Any) -> None:
@@ -173,6 +196,17 @@ async def test_a_transaction_is_watched_by_one_task_which_ends_with_it(app: App,
     assert len(app.dispatcher._emitter._watching) == 1
     await connection.rollback()
     await until(lambda: not app.dispatcher._emitter._watching)
+
+
+async def test_what_nobody_wants_is_not_watched(app: App) -> None:
+    async with app.another(deliver=False) as another, aiosqlite.connect(app.path) as connection:
+        [endpoint] = (await another.endpoints.list()).items
+        await another.endpoints.delete(endpoint.id)
+        receipt = await another.emit("order.placed", connection=connection)
+        assert receipt.delivery_count == 0
+        assert not another._emitter._watching
+        await connection.commit()
+    assert await app.seen() == [receipt.event_id]
 
 
 async def test_closing_leaves_no_task_behind_while_a_transaction_is_open(app: App) -> None:
@@ -275,35 +309,36 @@ async def test_a_conflict_leaves_the_transaction_as_it_was(app: App, connection:
     await app.delivered(kept.event_id)
 
 
-async def test_what_fails_midway_leaves_nothing_of_ours(app: App, connection: Any) -> None:
+@pytest.mark.parametrize("table", ["event", "delivery"])
+async def test_what_fails_midway_leaves_nothing_of_ours(app: App, connection: Any, table: str) -> None:
     await app.seen(  # something between event and deliveries that fails
-        "CREATE TRIGGER broken BEFORE INSERT ON hookwright_delivery BEGIN SELECT RAISE(FAIL, 'no'); END"
+        f"CREATE TRIGGER broken BEFORE INSERT ON hookwright_{table} BEGIN SELECT RAISE(FAIL, 'no'); END"
     )
     await begin(connection)
     await run(connection, ORDER)
-    with pytest.raises(Exception, match="no"):
-        await app.dispatcher.emit("order.placed", connection=connection)
+    with pytest.raises(StorageError, match="no") as caught:
+        await app.dispatcher.emit("order.placed", {"data": CANARY}, connection=connection)
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
     await connection.commit()
     assert await app.orders() == ["tea"]
     assert await app.seen() == []
 
 
-async def test_a_cancelled_emit_leaves_the_transaction_usable(app: App) -> None:
+async def test_an_emit_that_is_cancelled_anywhere_leaves_the_transaction_usable(app: App) -> None:
+    reached, number = True, 0
     async with aiosqlite.connect(app.path) as connection:
-        for turns in range(12):
+        while reached:
             await connection.execute(ORDER)
-            emitting = asyncio.create_task(app.dispatcher.emit("order.placed", connection=connection))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            emitting.cancel()
-            await asyncio.gather(emitting, return_exceptions=True)
+            reached = await CancelledAt(
+                app.dispatcher.emit("order.placed", event_id=f"evt_{number}", connection=connection), number
+            ).run()
+            number += 1
             await connection.commit()
-            [[rows]] = await connection.execute_fetchall("SELECT count(*) FROM orders")
-            assert rows == turns + 1
-        [[events, halves]] = await connection.execute_fetchall(
-            "SELECT count(*), sum(id NOT IN (SELECT event_id FROM hookwright_delivery)) FROM hookwright_event"
-        )
-    assert not (events and halves)
+        halves = "SELECT count(*) FROM hookwright_event WHERE id NOT IN (SELECT event_id FROM hookwright_delivery)"
+        assert [row[0] for row in await connection.execute_fetchall(halves)] == [0]
+    assert number > 6
+    assert await app.orders() == ["tea"] * number
+    assert f"evt_{number - 1}" in await app.seen()
 
 
 async def test_a_wrong_argument_is_refused_before_the_transaction_is_touched(app: App) -> None:
@@ -354,13 +389,14 @@ async def test_memory_has_no_transaction_to_emit_in(app: App) -> None:
 # -- one writer at a time -------------------------------------------------------------------------------------------
 
 
-async def test_a_transaction_that_read_too_early_is_told_to_begin_immediate(app: App) -> None:
-    async with aiosqlite.connect(app.path, isolation_level=None) as connection:
+async def test_a_transaction_that_read_too_early_is_told_to_begin_immediate(tmp_path: Path) -> None:
+    app = App(tmp_path / "quiet.db", FakeTransport())
+    async with app.another(deliver=False) as dispatcher, explicit(app.path) as connection:
         await connection.execute("BEGIN")
-        await connection.execute_fetchall("SELECT * FROM orders")
-        await app.dispatcher.emit("order.paid")
+        await connection.execute_fetchall("SELECT * FROM sqlite_master")
+        await dispatcher.emit("order.paid")
         with pytest.raises(StorageBusy, match=r"somebody else has written.*BEGIN IMMEDIATE"):
-            await app.dispatcher.emit("order.placed", connection=connection)
+            await dispatcher.emit("order.placed", connection=connection)
         assert connection.in_transaction
     assert len(await app.seen()) == 1
 
@@ -378,13 +414,14 @@ async def test_a_transaction_that_has_read_and_meets_a_writer_is_told_to_begin_i
         await writing.rollback()
 
 
-async def test_a_plain_emit_in_ones_own_transaction_says_to_pass_the_connection(app: App) -> None:
+async def test_a_plain_emit_in_ones_own_transaction_says_to_pass_the_connection(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hookwright.storage.sqlite._owner.BUSY_LIMIT", 0.3)  # it would take 5 s
     async with aiosqlite.connect(app.path) as connection:
         await connection.execute(ORDER)
-        began = time.perf_counter()
         with pytest.raises(StorageBusy, match=r"your own open transaction.*connection="):
             await app.dispatcher.emit("order.placed")
-        assert 4.5 < time.perf_counter() - began < 7
         await connection.rollback()
 
 

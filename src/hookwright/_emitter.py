@@ -156,7 +156,8 @@ class Emitter:
             except StaleEndpoints:  # nothing of ours is in the transaction
                 await self._match_again(revision)
             else:
-                self._watch(callers)
+                if any(receipt.delivery_count and not receipt.duplicate for receipt in receipts):
+                    self._watch(callers)
                 for emission, receipt in zip(emissions, receipts, strict=True):
                     if not receipt.duplicate:
                         self._report(emission.event, receipt)

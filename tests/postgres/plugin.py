@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -56,6 +57,18 @@ def new_schema(postgres_dsn: str) -> Iterator[Callable[[], str]]:
 def postgres_schema(new_schema: Callable[[], str]) -> str:
     """The name of one schema that does not exist yet."""
     return new_schema()
+
+
+@pytest.fixture
+def postgres_database(postgres_dsn: str) -> Iterator[str]:
+    """A DSN of a database of the test's own, dropped at its end."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex[:16]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+        yield urlsplit(postgres_dsn)._replace(path=f"/{name}").geturl()
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 def _drop(dsn: str, names: list[str]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import aiosqlite
 import pytest
 
 from hookwright import SQLiteStorage, Storage
 from hookwright.testing import StorageContract
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 
@@ -26,6 +29,12 @@ class TestSQLiteStorage(StorageContract):
 
     async def reopen(self, storage: Storage) -> Storage:
         return self._at(self._paths[storage])
+
+    @asynccontextmanager
+    async def callers_transaction(self, storage: Storage) -> AsyncIterator[aiosqlite.Connection]:
+        async with aiosqlite.connect(self._paths[storage]) as connection:
+            yield connection
+            await connection.commit()  # closed without it, what was written is gone
 
     def _at(self, path: Path) -> SQLiteStorage:
         storage = SQLiteStorage(path)

@@ -154,9 +154,11 @@ class _SQLAlchemy(CallersConnection):
         try:
             result = await self._connection.exec_driver_sql(*self._translate(sql, arguments))
         except sys.modules["sqlalchemy"].exc.DBAPIError as error:
-            raise _driver_error(error) from error
-        rows: Sequence[Sequence[Any]] = result.fetchall() if result.returns_rows else []
-        return rows
+            original = _driver_error(error)
+        else:
+            rows: Sequence[Sequence[Any]] = result.fetchall() if result.returns_rows else []
+            return rows
+        raise original  # and not from SQLAlchemy's, which shows the parameters: event data is in no exception
 
     @property
     def in_transaction(self) -> bool:

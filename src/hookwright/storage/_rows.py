@@ -161,7 +161,7 @@ def delivery_of(row: Sequence[Any]) -> Delivery:
 
 
 def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[Any, ...]:
-    """Return the columns of an attempt."""
+    """Return the columns of an attempt. PostgreSQL takes no U+0000 in a text."""
     return (
         delivery_id,
         number,
@@ -169,7 +169,7 @@ def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[
         attempt.duration,
         attempt.status,
         attempt.error,
-        attempt.detail,
+        None if attempt.detail is None else attempt.detail.replace("\0", "\ufffd"),
         json.dumps(attempt.response_headers) if attempt.response_headers else None,
         attempt.response_body or None,
         attempt.response_truncated,

@@ -17,7 +17,7 @@ from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._emits import Emits, Notifier, store_all
 from hookwright.storage.postgres._enqueue import Emitted, enqueue_all
 from hookwright.storage.postgres._listener import Listener
-from hookwright.storage.postgres._pool import CLOSING_LIMIT, PATIENCE, CommitLost, Pool, closed
+from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -59,10 +59,7 @@ _POLL_LISTENING = 5.0
 _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
 
-_BEGIN = (
-    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL jit = off; SET LOCAL statement_timeout = 10000"
-    "; SET LOCAL lock_timeout = 5000; SET LOCAL idle_in_transaction_session_timeout = 10000"
-)
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
 
 
 class PostgresStorage(Storage):
@@ -100,7 +97,7 @@ class PostgresStorage(Storage):
     ) -> None:
         if not isinstance(dsn, str) or urlsplit(dsn).scheme not in {"postgresql", "postgres"}:
             raise ConfigurationError("dsn: use a URL: postgresql://user:password@host/database")
-        if not isinstance(connections, int) or connections < 4:
+        if not isinstance(connections, int) or connections <= FIRST_CONNECTIONS:
             raise ConfigurationError("connections: use 4 or more; three are for emit, claim and settle alone")
         self._dsn = dsn
         self._names = Names(schema)
@@ -142,12 +139,12 @@ class PostgresStorage(Storage):
             await asyncio.shield(self._closed)
         self._closed = None
         self._closing.clear()
-        pool = Pool(self._dsn, self._names, size=self._connections, cached=not self._poll_only, begin=self._begin)
+        pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, begin=self._begin)
         channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids)
         try:
             await pool.open()
-            identity = await pool.run(partial(_schema.migrate, names=self._names))
+            identity = await pool.run(partial(_schema.migrate, names=self._names), patience=PATIENCE)
             if listener is not None:
                 await listener.open()
         except BaseException:
@@ -217,7 +214,7 @@ class PostgresStorage(Storage):
         waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
         if connection is not None:
             return await self._enqueue_through(connection, waiting)
-        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, PATIENCE, enqueue_all))
+        return await self._wrote(store_all(parts.pool, waiting, parts.notifier.channel, enqueue=enqueue_all))
 
     async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
         check_kind(connection, "postgres", self)
@@ -227,7 +224,8 @@ class PostgresStorage(Storage):
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
         pool = self._opened().pool
         if self._writing:
-            await asyncio.wait(set(self._writing), timeout=_BARRIER)
+            _, late = await asyncio.wait(set(self._writing), timeout=_BARRIER)
+            self._writing -= late  # the next claim does not wait for them again
         await self._give_back_lost(pool)
         token, begun = _claim.claim_token(), self._now()
         claiming = asyncio.ensure_future(self._claim(pool, request, token))
@@ -258,7 +256,7 @@ class PostgresStorage(Storage):
         tokens = {outcome.token for outcome in outcomes}
         opened, unknown = self._opened(), self._unknown & tokens
         settle = partial(
-            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel()
+            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel
         )
         try:
             answers = await opened.pool.run(settle, first=True)

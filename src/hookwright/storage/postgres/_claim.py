@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 LOOK_AGAIN = 5_000
 """Microseconds after which a claim comes again that passed by what somebody else had locked."""
 
-_WOKEN = 2_000
+_WOKEN = 1_000
 """Rows of `wake` that one claim looks at most at."""
 
 _FOLD = f"""
 WITH current AS MATERIALIZED (SELECT hookwright.clock() AS now), waking AS MATERIALIZED (
-    SELECT id, endpoint_id, available_at FROM hookwright.wake ORDER BY id LIMIT {_WOKEN}
+    SELECT endpoint_id, array_agg(id) AS ids, min(available_at) AS first FROM (
+        SELECT id, endpoint_id, available_at FROM hookwright.wake ORDER BY id LIMIT {_WOKEN}
+    ) AS next GROUP BY endpoint_id
 ), locked AS MATERIALIZED (
-    SELECT endpoint_id FROM hookwright.lane WHERE endpoint_id IN (SELECT endpoint_id FROM waking)
-    ORDER BY endpoint_id FOR UPDATE SKIP LOCKED
+    SELECT waking.endpoint_id, waking.ids, waking.first FROM waking CROSS JOIN LATERAL (
+        SELECT 1 FROM hookwright.lane WHERE endpoint_id = waking.endpoint_id FOR UPDATE SKIP LOCKED
+    ) AS held
 ), folded AS (
-    DELETE FROM hookwright.wake AS w USING waking, locked
-    WHERE w.id = waking.id AND locked.endpoint_id = waking.endpoint_id RETURNING w.endpoint_id, w.available_at
-), due AS (
-    SELECT endpoint_id, min(CASE WHEN available_at > now THEN available_at ELSE now >> {TURN_BITS} END) AS due_at
-    FROM folded, current GROUP BY endpoint_id
+    DELETE FROM hookwright.wake AS w USING (SELECT unnest(ids) AS id FROM locked) AS gone WHERE w.id = gone.id
 ), moved AS (
-    UPDATE hookwright.lane AS l SET due_at = due.due_at FROM due
-    WHERE l.endpoint_id = due.endpoint_id AND l.due_at > due.due_at
+    UPDATE hookwright.lane AS l SET due_at = due.due_at FROM (
+        SELECT endpoint_id, CASE WHEN first > now THEN first ELSE now >> {TURN_BITS} END AS due_at FROM locked, current
+    ) AS due WHERE l.endpoint_id = due.endpoint_id AND l.due_at > due.due_at
 )
 SELECT now, (
-    SELECT array_agg(DISTINCT waking.endpoint_id) FROM waking JOIN hookwright.endpoint AS p ON p.id = waking.endpoint_id
+    SELECT array_agg(waking.endpoint_id) FROM waking JOIN hookwright.endpoint AS p ON p.id = waking.endpoint_id
     WHERE (p.deleted OR p.state = 'disabled') AND (
         waking.endpoint_id IN (SELECT endpoint_id FROM locked)
         OR NOT EXISTS (SELECT 1 FROM hookwright.lane WHERE endpoint_id = waking.endpoint_id)
@@ -56,20 +56,21 @@ SELECT now, (
 """
 
 _READY = "greatest(due_at, hold_until, rate_until)"
+_PROVEN, _UNPROVEN = "earned > 0", "earned = 0"
 
 
 def _head(proven: str, condition: str, turn: str, limit: str) -> str:
     return (
         f"MATERIALIZED (SELECT {turn} AS turn, endpoint_id, earned, cap, rate_interval, rate_at FROM hookwright.lane"
-        f" WHERE (earned > 0) = {proven} AND {condition} ORDER BY {_READY} LIMIT {limit} FOR UPDATE SKIP LOCKED)"
+        f" WHERE {proven} AND {condition} ORDER BY {_READY} LIMIT {limit} FOR UPDATE SKIP LOCKED)"
     )
 
 
 _BY_TURN = (f"{_READY} < {TURNS_END}", _READY)
 _BY_TIME = (f"{_READY} >= {TURNS_END} AND {_READY} <= $1::bigint", f"{_READY} >> {TURN_BITS}")
 _LANES = f"""
-WITH a AS {_head("true", *_BY_TURN, "$2::int")}, b AS {_head("true", *_BY_TIME, "$2::int")},
-c AS {_head("false", *_BY_TURN, "$3::int")}, d AS {_head("false", *_BY_TIME, "$3::int")}
+WITH a AS {_head(_PROVEN, *_BY_TURN, "$2::int")}, b AS {_head(_PROVEN, *_BY_TIME, "$2::int")},
+c AS {_head(_UNPROVEN, *_BY_TURN, "$3::int")}, d AS {_head(_UNPROVEN, *_BY_TIME, "$3::int")}
 SELECT l.endpoint_id, l.earned, l.cap, l.rate_interval, l.rate_at, CASE WHEN $4::bigint IS NOT NULL THEN (
     SELECT count(*) FROM hookwright.lease WHERE endpoint_id = l.endpoint_id AND until > $1 AND owner <> $4
 ) END FROM (
@@ -141,22 +142,22 @@ FROM (
 
 def _later(proven: str) -> str:
     return (
-        f"(SELECT {_READY} AS ready FROM hookwright.lane WHERE (earned > 0) = {proven}"
+        f"(SELECT {_READY} AS ready FROM hookwright.lane WHERE {proven}"
         f" AND {_READY} > greatest($1::bigint, {TURNS_END}) ORDER BY {_READY} LIMIT 1)"
     )
 
 
 def _passed_by(proven: str, allowed: str) -> str:
     return (
-        f"({allowed} AND EXISTS (SELECT 1 FROM hookwright.lane WHERE (earned > 0) = {proven} AND {_READY} <= $1"
+        f"({allowed} AND EXISTS (SELECT 1 FROM hookwright.lane WHERE {proven} AND {_READY} <= $1"
         " AND endpoint_id <> ALL($2::text[])))"
     )
 
 
 _NEXT = f"""
-SELECT (SELECT min(ready) FROM ({_later("true")} UNION ALL {_later("false")}) AS later), (
+SELECT (SELECT min(ready) FROM ({_later(_PROVEN)} UNION ALL {_later(_UNPROVEN)}) AS later), (
     SELECT value FROM hookwright.meta WHERE key = 'endpoints_revision'
-), {_passed_by("true", "$3::bool")} OR {_passed_by("false", "$4::bool")} OR EXISTS (SELECT 1 FROM hookwright.wake)
+), {_passed_by(_PROVEN, "$3::bool")} OR {_passed_by(_UNPROVEN, "$4::bool")} OR EXISTS (SELECT 1 FROM hookwright.wake)
 """
 
 

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from hookwright.storage.postgres._database import Database
     from hookwright.storage.postgres._pool import Pool
 
+_Waiting = tuple[Emitted, "asyncio.Future[Receipt]"]
+
 _MOST = 500
 """Events that are stored in one transaction at most."""
+
+_LOCK_LIMIT = 100
+"""Milliseconds that a group waits for another transaction with one of its ids or keys; then each of it goes alone."""
 
 NOTIFY_INTERVAL = 0.02
 """Seconds between two notifications of a process at least: each takes a lock of the whole server in its commit."""
@@ -70,7 +75,7 @@ class Emits:
     def __init__(self, pool: Pool, notifier: Notifier) -> None:
         self._pool = pool
         self._notifier = notifier
-        self._waiting: deque[tuple[Emitted, asyncio.Future[Receipt]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._storing: asyncio.Task[None] | None = None
         self._alone: set[asyncio.Task[None]] = set()
 
@@ -99,22 +104,30 @@ class Emits:
                 _answer(future, closed())
             self._waiting.clear()
 
-    async def _store_group(self, group: Sequence[tuple[Emitted, asyncio.Future[Receipt]]]) -> None:
+    async def _store_group(
+        self, group: Sequence[tuple[Emitted, asyncio.Future[Receipt]]], *, alone: bool = False
+    ) -> None:
         try:
-            answers = await store_all(self._pool, [emitted for emitted, _ in group], self._notifier.channel, PATIENCE)
+            answers = await store_all(
+                self._pool,
+                [emitted for emitted, _ in group],
+                self._notifier.channel,
+                first=not alone,
+                lock_limit=None if alone else _LOCK_LIMIT,
+            )
         except asyncio.CancelledError:
             for _, future in group:
                 _answer(future, StorageClosed("the storage's task was cancelled: it may or may not have been written"))
             raise
         except StorageError as error:
-            if len(group) == 1 or isinstance(error, (StorageUnavailable, StorageClosed, CommitUnknown)):
+            if alone or isinstance(error, (StorageUnavailable, StorageClosed, CommitUnknown)):
                 for emitted, future in group:
                     lost = isinstance(error, CommitUnknown)
                     _answer(future, CommitUnknown(emitted.event.id) if lost else error)
                 return
             # One of them is bad, or waits for somebody else's transaction: each by itself, and nobody behind it.
             for one in group:
-                task = asyncio.get_running_loop().create_task(self._store_group([one]))
+                task = asyncio.get_running_loop().create_task(self._store_group([one], alone=True))
                 self._alone.add(task)
                 task.add_done_callback(self._alone.discard)
         else:
@@ -136,12 +149,14 @@ async def store_all(
     pool: Pool,
     group: Sequence[Emitted],
     channel: Callable[[], str | None],
-    patience: float,
+    *,
+    first: bool = False,
+    lock_limit: int | None = None,
     enqueue: Callable[..., Awaitable[list[Any]]] = enqueue,
 ) -> list[Any]:
     """Store events in one transaction. When a commit's answer is lost, ask by their ids, by storing them again.
 
-    Raises CommitUnknown when nobody could be asked for `patience` seconds, or StorageError: then nothing was stored.
+    Raises CommitUnknown when nobody could be asked for 10 s, or StorageError: then nothing was stored.
     """
 
     async def store(database: Database) -> list[Any]:
@@ -151,7 +166,7 @@ async def store_all(
         return await mark_own(database, group, await enqueue(database, group, channel()))
 
     try:
-        return await pool.run(store, first=True, patience=patience)
+        return await pool.run(store, first=first, patience=PATIENCE, lock_limit=lock_limit)
     except CommitLost:
         pass
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.
@@ -159,11 +174,11 @@ async def store_all(
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type((CommitLost, StorageUnavailable)),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(patience),
+            stop=stop_after_delay(PATIENCE),
             reraise=True,
         ):
             with attempt:
-                return await pool.run(store_again, first=True, patience=patience)
+                return await pool.run(store_again, first=first, patience=PATIENCE)
     except StorageError as error:
         raise CommitUnknown(group[0].event.id) from error
     raise AssertionError("unreachable")

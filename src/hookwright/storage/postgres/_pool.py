@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from hookwright._errors import (
     ConfigurationError,
@@ -24,7 +24,7 @@ from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     import asyncpg
 
@@ -46,14 +46,20 @@ PATIENCE = 10.0
 CLOSING_LIMIT = 0.3
 """Seconds that transactions under way have left when the storage is closed."""
 
-_RESERVED = 3
-"""Connections that only emit, claim and settle may use, so that nobody's history holds them up."""
+FIRST_CONNECTIONS = 3
+"""Connections that only emit, claim and settle use, so that nobody's history holds them up."""
 
-_TUNED = (
-    "; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
-    "; SET LOCAL enable_hashagg = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off"
-    "; SET LOCAL plan_cache_mode = force_generic_plan"
-)
+SETTINGS = {
+    "jit": "off",
+    "statement_timeout": "10000",
+    "lock_timeout": "5000",
+    "idle_in_transaction_session_timeout": "10000",
+}
+"""What every connection of ours is told: times in milliseconds, after which the server gives up."""
+
+_TUNED = {f"enable_{kind}": "off" for kind in ("seqscan", "bitmapscan", "sort", "hashjoin", "mergejoin", "hashagg")} | {
+    "plan_cache_mode": "force_generic_plan"
+}
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
 
 
@@ -62,16 +68,15 @@ class CommitLost(StorageUnavailable):
 
 
 class Pool:
-    """Up to `size` connections to one database."""
+    """Up to `size` connections to one database. `pooler`: another pool is in between, which keeps no settings."""
 
-    def __init__(self, dsn: str, names: Names, *, size: int, cached: bool, begin: Callable[[], str]) -> None:
+    def __init__(self, dsn: str, names: Names, *, size: int, pooler: bool, begin: Callable[[], str]) -> None:
         self._dsn = dsn
         self._names = names
         self._size = size
-        self._cached = cached
+        self._pooler = pooler
         self._begin = begin
-        self._side = asyncio.Semaphore(max(1, size - _RESERVED))
-        self._pool: asyncpg.Pool[Any] | None = None
+        self._pools: tuple[asyncpg.Pool[Any], asyncpg.Pool[Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
         self._foreign: tuple[type[Exception], ...] = ()
@@ -82,21 +87,25 @@ class Pool:
         """Make ready to connect; nothing is asked of the server yet. Raises ConfigurationError."""
         asyncpg = driver()
         self._foreign = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-        self._pool = asyncpg.create_pool(
+        try:
+            side = await self._create(self._size - FIRST_CONNECTIONS, SETTINGS)
+            self._pools = side, await self._create(FIRST_CONNECTIONS, SETTINGS | _TUNED)
+        except (ValueError, asyncpg.InterfaceError, asyncpg.ClientConfigurationError) as error:
+            raise ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}") from None
+
+    async def _create(self, size: int, settings: Mapping[str, str]) -> asyncpg.Pool[Any]:
+        return await driver().create_pool(  # type: ignore[no-any-return]  # the driver is not imported before it is used
             self._dsn,
             min_size=0,
-            max_size=self._size,
+            max_size=size,
             timeout=CONNECT_LIMIT,
-            statement_cache_size=256 if self._cached else 0,
+            statement_cache_size=0 if self._pooler else 256,
             max_cached_statement_lifetime=0,
             max_inactive_connection_lifetime=300.0,
+            server_settings=None if self._pooler else dict(settings),
             init=self._note,
             reset=_keep,
         )
-        try:
-            await self._pool
-        except (ValueError, asyncpg.InterfaceError, asyncpg.ClientConfigurationError) as error:
-            raise ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}") from None
 
     async def _note(self, connection: Any) -> None:
         pid = connection.get_server_pid()
@@ -112,25 +121,31 @@ class Pool:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=CLOSING_LIMIT)
-        pool, self._pool = self._pool, None
-        if pool is not None:
+        pools, self._pools = self._pools or (), None
+        for pool in pools:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(pool.close(), CLOSING_LIMIT)
             pool.terminate()
 
     async def run(
-        self, operation: Operation[T], *, first: bool = False, durable: bool = True, patience: float = 0.0
+        self,
+        operation: Operation[T],
+        *,
+        first: bool = False,
+        durable: bool = True,
+        patience: float = 0.0,
+        lock_limit: int | None = None,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed.
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good. While
         the server cannot be reached it is repeated for `patience` seconds, and so it is when another transaction was in
-        the way. `durable=False`: a crash of the server may forget it. Raises StorageError; CommitLost when the
-        connection broke in the commit.
+        the way, unless `lock_limit` (milliseconds) says how long it may wait for one. `durable=False`: a crash of the
+        server may forget it. Raises StorageError; CommitLost when the connection broke in the commit.
         """
-        if self._pool is None or self._closing.is_set():
+        if self._pools is None or self._closing.is_set():
             raise closed()
-        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience))
+        task = asyncio.get_running_loop().create_task(self._run(operation, first, durable, patience, lock_limit))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -145,29 +160,38 @@ class Pool:
         if not task.cancelled():
             task.exception()  # its caller may be gone
 
-    async def _run(self, operation: Operation[T], first: bool, durable: bool, patience: float) -> T:
-        begin = self._begin() + (_TUNED if first else "") + ("" if durable else "; SET LOCAL synchronous_commit = off")
+    async def _run(
+        self, operation: Operation[T], first: bool, durable: bool, patience: float, lock_limit: int | None
+    ) -> T:
+        begin = self._begin()
+        if self._pooler:
+            settings = SETTINGS | _TUNED if first else SETTINGS
+            begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
+        if not durable:
+            begin += "; SET LOCAL synchronous_commit = off"
+        if lock_limit is not None:
+            begin += f"; SET LOCAL lock_timeout = {lock_limit}"
+
+        def repeatable(error: BaseException) -> bool:
+            if isinstance(error, StorageBusy):
+                return lock_limit is None
+            return isinstance(error, StorageUnavailable) and not isinstance(error, CommitLost)
+
         try:
             return await self._attempt(operation, begin, first)
-        except CommitLost:
-            raise
-        except (StorageUnavailable, StorageBusy):
-            if not patience:
+        except StorageError as error:
+            if not patience or not repeatable(error):
                 raise
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),
+            retry=retry_if_exception(repeatable),
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
             stop=stop_after_delay(patience),
             sleep=self._pause,
             reraise=True,
         ):
             with attempt:
-                try:
-                    return await self._attempt(operation, begin, first)
-                except CommitLost as error:
-                    lost = error
-                    break
-        raise lost
+                return await self._attempt(operation, begin, first)
+        raise AssertionError("it has returned or raised")
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -176,15 +200,15 @@ class Pool:
 
     async def _attempt(self, operation: Operation[T], begin: str, first: bool) -> T:
         try:
-            async with contextlib.nullcontext() if first else self._side, asyncio.timeout(TRANSACTION_LIMIT):
-                return await self._transaction(operation, begin)
+            async with asyncio.timeout(TRANSACTION_LIMIT):
+                return await self._transaction(operation, begin, first)
         except self._foreign as error:
             raise convert(error) from error
 
-    async def _transaction(self, operation: Operation[T], begin: str) -> T:
-        pool = self._pool
-        if pool is None:
+    async def _transaction(self, operation: Operation[T], begin: str, first: bool) -> T:
+        if self._pools is None:
             raise closed()
+        pool = self._pools[first]
         connection = await pool.acquire()
         try:
             try:
@@ -196,14 +220,32 @@ class Pool:
             try:
                 await connection.execute("COMMIT")
             except BaseException as error:
-                connection.terminate()
+                _give_up(connection)
                 if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
-                    raise CommitLost("the connection to PostgreSQL broke in a commit") from error
+                    raise CommitLost(
+                        "the connection to PostgreSQL broke in a commit: it may or may not be done"
+                    ) from error
                 raise
             self.transactions += 1
             return answer
         finally:
-            await pool.release(connection)
+            await _release(pool, connection)
+
+
+def _give_up(connection: Any) -> None:
+    """Close a connection at once; one that was lost is the pool's no more, and says so."""
+    with contextlib.suppress(Exception):
+        connection.terminate()
+
+
+async def _release(pool: Any, connection: Any) -> None:
+    """Give a connection back; whatever goes wrong with it then does not change what became of the transaction."""
+    try:
+        await pool.release(connection)
+    except BaseException as error:
+        _give_up(connection)
+        if not isinstance(error, Exception):
+            raise
 
 
 async def _roll_back(connection: Any, error: BaseException) -> None:
@@ -215,7 +257,10 @@ async def _roll_back(connection: Any, error: BaseException) -> None:
                 return
         except Exception:  # noqa: BLE001, S110  # then it is given up
             pass
-    connection.terminate()
+        except BaseException:
+            _give_up(connection)
+            raise
+    _give_up(connection)
 
 
 async def _keep(connection: Any) -> None:

@@ -14,7 +14,7 @@ from hookwright.storage.postgres._enqueue import Emitted, enqueue
 from hookwright.storage.postgres._lanes import TURN_BITS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from hookwright._health import HealthPolicy
     from hookwright._models import Outcome
@@ -64,7 +64,11 @@ _LANE_COLUMNS = 9
 
 
 async def settle(
-    database: Database, outcomes: Sequence[Outcome], policy: HealthPolicy, unknown: Collection[str], channel: str | None
+    database: Database,
+    outcomes: Sequence[Outcome],
+    policy: HealthPolicy,
+    unknown: Collection[str],
+    channel: Callable[[], str | None],
 ) -> list[Settled]:
     """See `Storage.settle`. `unknown` are tokens of results that may be written: then they are answered as held."""
     endpoints = sorted({outcome.endpoint_id for outcome in outcomes})
@@ -116,8 +120,7 @@ class _Settling:
         id = outcome.delivery_id
         self.ended.append((outcome.endpoint_id, id, outcome.state.value, retry_at, finished_at, *tried))
         if attempt is not None:
-            detail = None if attempt.detail is None else attempt.detail.replace("\0", "\ufffd")  # it takes no U+0000
-            self._attempts.append(attempt_row(id, number, attempt._replace(detail=detail)))
+            self._attempts.append(attempt_row(id, number, attempt))
 
     async def _count(self, database: Database, outcome: Outcome, due_at: int) -> Settled:
         endpoint_id = outcome.endpoint_id
@@ -174,7 +177,9 @@ async def _written_before(
     ]
 
 
-async def _tell(database: Database, settled: Iterable[tuple[Outcome, Settled]], channel: str | None) -> None:
+async def _tell(
+    database: Database, settled: Iterable[tuple[Outcome, Settled]], channel: Callable[[], str | None]
+) -> None:
     """Store the operational events that came true, for endpoints that are still there."""
     emissions = [
         emission
@@ -193,5 +198,5 @@ async def _tell(database: Database, settled: Iterable[tuple[Outcome, Settled]], 
     await enqueue(
         database,
         [Emitted(event, [d for d in deliveries if d.endpoint_id in alive], None) for event, deliveries in emissions],
-        channel,
+        channel(),
     )

@@ -130,7 +130,9 @@ CREATE TABLE hookwright.lane (
     sweep text
 ) WITH (fillfactor = 50);
 
-CREATE INDEX lane_ready ON hookwright.lane ((earned > 0), (greatest(due_at, hold_until, rate_until)));
+CREATE INDEX lane_proven ON hookwright.lane (greatest(due_at, hold_until, rate_until)) WHERE earned > 0;
+
+CREATE INDEX lane_unproven ON hookwright.lane (greatest(due_at, hold_until, rate_until)) WHERE earned = 0;
 
 CREATE INDEX lane_sweep ON hookwright.lane (sweep) WHERE sweep IS NOT NULL;
 

@@ -184,7 +184,7 @@ class SQLiteStorage(Storage):
 
     def watch(self, connection: CallersConnection, committed: Callable[[], None]) -> Coroutine[Any, Any, None] | None:
         """See `Storage.watch`: by the connection's `in_transaction`, which costs no statement, and the WAL's stamp."""
-        return self._callers.watch(connection, committed)
+        return self._callers.watch(connection, committed, lambda: self.transactions)
 
     @property
     def connection_risk(self) -> str | None:

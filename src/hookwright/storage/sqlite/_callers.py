@@ -35,7 +35,7 @@ class Callers:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._admitted: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._watched: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._watched: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     async def enqueue(
         self, connection: CallersConnection, waiting: Sequence[_enqueue.Emitted], now: int
@@ -65,19 +65,26 @@ class Callers:
             await connection.fetch("PRAGMA wal_autocheckpoint = 0")
         self._admitted.add(connection.driver)
 
-    def watch(self, connection: CallersConnection, committed: Callable[[], None]) -> Coroutine[Any, Any, None] | None:
-        """See `Storage.watch`."""
-        if connection.driver in self._watched:
+    def watch(
+        self, connection: CallersConnection, committed: Callable[[], None], transactions: Callable[[], int]
+    ) -> Coroutine[Any, Any, None] | None:
+        """See `Storage.watch`. `transactions` counts those of ours that were committed."""
+        is_watched = connection.driver in self._watched
+        self._watched[connection.driver] = transactions()
+        if is_watched:
             return None
-        self._watched.add(connection.driver)
-        return self._watch(weakref.ref(connection.driver), _schema.wal_stamp(self._file), committed)
+        return self._watch(weakref.ref(connection.driver), _schema.wal_stamp(self._file), committed, transactions)
 
     async def _watch(
-        self, driver: weakref.ref[Any], stamp: tuple[int, int] | None, committed: Callable[[], None]
+        self,
+        driver: weakref.ref[Any],
+        stamp: tuple[int, int] | None,
+        committed: Callable[[], None],
+        transactions: Callable[[], int],
     ) -> None:
         pause = _LOOK_FIRST
         try:
-            while _in_transaction(driver()):
+            while self._may_be_open(driver(), transactions()):
                 await asyncio.sleep(pause)
                 pause = min(_LOOK_MOST, pause * 1.25)
                 # Between two looks one transaction may have ended and the next begun: every commit is in the log.
@@ -85,16 +92,23 @@ class Callers:
                 if stamp != before:
                     committed()
         finally:
-            if (watched := driver()) is not None:
-                self._watched.discard(watched)
-                del watched
+            self._forget(driver())
         committed()
+
+    def _may_be_open(self, driver: Any, transactions: int) -> bool:
+        # A driver that begins the next transaction with each commit is always in one. But he had the lock when he
+        # emitted: what we have committed since, he had given it back for. (One may have been on its way before.)
+        return driver is not None and transactions < self._watched[driver] + 2 and _in_transaction(driver)
+
+    def _forget(self, driver: Any) -> None:
+        if driver is not None:
+            self._watched.pop(driver, None)
 
 
 def _in_transaction(driver: Any) -> bool:
     # Read from the loop's thread, as aiosqlite's own property is made to be.
     with contextlib.suppress(ValueError):  # closed
-        return driver is not None and bool(driver.in_transaction)
+        return bool(driver.in_transaction)
     return False
 
 
