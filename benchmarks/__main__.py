@@ -24,8 +24,10 @@ from benchmarks import (
     memory,
     million,
     outage,
+    postgres,
     scale,
     stall,
+    transaction,
 )
 from benchmarks._document import fill
 from benchmarks._harness import save, show
@@ -62,6 +64,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "outage": outage,
     "scale": scale,
     "stall": stall,
+    "postgres": postgres,
+    "transaction": transaction,
 }
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -37,6 +37,8 @@ NAMES = [
     "outage",
     "scale",
     "stall",
+    "postgres",
+    "transaction",
 ]
 
 
