@@ -171,7 +171,7 @@ def idle(storage: PostgresStorage) -> bool:
     assert storage._open is not None
     pools = storage._open.pool._pools
     assert pools is not None
-    free = all(holder._in_use is None for pool in pools for holder in pool._holders)
+    free = all(pool.get_idle_size() == pool.get_size() for pool in pools)
     return free and not storage._open.pool._running and not storage._writing
 
 

@@ -40,6 +40,6 @@ class ManualPostgresStorage(PostgresStorage):
         finally:
             await connection.close()
 
-    def _begin(self) -> str:
+    def _settings(self) -> dict[str, str]:
         assert self._manual_clock is not None
-        return f"{super()._begin()}; SET LOCAL hookwright.now = '{self._manual_clock.now()}'"
+        return {"hookwright.now": f"'{self._manual_clock.now()}'"}

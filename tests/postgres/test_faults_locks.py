@@ -12,8 +12,7 @@ import pytest
 
 from hookwright import Dispatcher, StorageBusy
 from hookwright._models import Lease
-from hookwright.storage import postgres
-from hookwright.storage.postgres import PostgresStorage, _emits
+from hookwright.storage.postgres import PostgresStorage, _emits, _pool
 from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import URL, until
@@ -28,9 +27,7 @@ LOCK_LIMIT = 300
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = postgres._BEGIN.replace("lock_timeout = 5000", f"lock_timeout = {LOCK_LIMIT}")
-    assert begin != postgres._BEGIN
-    monkeypatch.setattr(postgres, "_BEGIN", begin)
+    monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", str(LOCK_LIMIT))
     monkeypatch.setattr(_emits, "PATIENCE", 0.5)
 
 

@@ -59,8 +59,6 @@ _POLL_LISTENING = 5.0
 _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
 
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
-
 
 class PostgresStorage(Storage):
     """One schema of a PostgreSQL database, 14 or later. Needs the extra `postgres`.
@@ -127,9 +125,9 @@ class PostgresStorage(Storage):
 
     # -- life ---------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> str:
-        """Return the text that begins each transaction."""
-        return _BEGIN
+    def _settings(self) -> dict[str, str]:
+        """Return what each transaction is told besides: for tests, which set the time."""
+        return {}
 
     async def open(self, clock: Clock) -> None:
         """See `Storage.open`. Raises ConfigurationError when it is open already, or asyncpg is not installed."""
@@ -139,7 +137,7 @@ class PostgresStorage(Storage):
             await asyncio.shield(self._closed)
         self._closed = None
         self._closing.clear()
-        pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, begin=self._begin)
+        pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, settings=self._settings)
         channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
         try:
@@ -238,7 +236,7 @@ class PostgresStorage(Storage):
 
     async def _claim(self, pool: Pool, request: ClaimRequest, token: str) -> tuple[Claim, int]:
         claim = partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared)
-        return await pool.run(claim, first=True, durable=False)
+        return await pool.run(claim, first=True, single=True)
 
     async def _give_back_lost(self, pool: Pool) -> None:
         """End the leases of claims that were written, but whose answer nobody had."""
@@ -255,11 +253,14 @@ class PostgresStorage(Storage):
     async def _settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
         tokens = {outcome.token for outcome in outcomes}
         opened, unknown = self._opened(), self._unknown & tokens
-        settle = partial(
-            _settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=opened.notifier.channel
-        )
+        run, channel = opened.pool.run, opened.notifier.channel
         try:
-            answers = await opened.pool.run(settle, first=True)
+            if not unknown and _settle.all_succeeded(outcomes):
+                successes = partial(_settle.settle_successes, outcomes=outcomes, policy=policy)
+                answers = await run(successes, first=True, single=True)
+            else:
+                settle = partial(_settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=channel)
+                answers = await run(settle, first=True)
         except CommitLost:
             self._unknown |= tokens
             raise

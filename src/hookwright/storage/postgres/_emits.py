@@ -100,7 +100,7 @@ class Emits:
 
     async def store_together(self, waiting: Sequence[Emitted]) -> list[Receipt]:
         """See `Storage.enqueue_many`."""
-        store = partial(store_all, self._pool, waiting, self._notifier.channel, PATIENCE, enqueue_all)
+        store = partial(store_all, self._pool, waiting, self._notifier.channel, PATIENCE, together=True)
         try:
             return await store(hurried=True)
         except StorageBusy:
@@ -191,24 +191,27 @@ async def store_all(
     group: Sequence[Emitted],
     channel: Callable[[], str | None],
     patience: float,
-    enqueue: Callable[..., Awaitable[list[Any]]] = enqueue,
     *,
     hurried: bool = False,
+    together: bool = False,
 ) -> list[Any]:
-    """Store events in one transaction. When a commit's answer is lost, ask by their ids, by storing them again.
+    """Store events in one transaction, or each by itself unless `together`.
 
-    Raises CommitUnknown when nobody could be asked for `patience` seconds, or StorageError: then nothing was stored.
+    When a commit's answer is lost, ask by their ids, by storing them again. Raises CommitUnknown when nobody could be
+    asked for `patience` seconds, or StorageError: then nothing was stored.
     """
 
+    put: Callable[..., Awaitable[list[Any]]] = enqueue_all if together else enqueue
+
     async def store(database: Database) -> list[Any]:
-        return await enqueue(database, group, channel())
+        return await put(database, group, channel(), hurried=hurried)
 
     async def store_again(database: Database) -> list[Any]:
-        return await mark_own(database, group, await enqueue(database, group, channel()))
+        return await mark_own(database, group, await put(database, group, channel()))
 
     try:
         # Who may wait for somebody else's transaction does so beside the connections that deliver.
-        return await pool.run(store, first=hurried, patience=patience, hurried=hurried)
+        return await pool.run(store, first=hurried, single=not together, patience=patience, repeats=not hurried)
     except CommitLost:
         pass
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.

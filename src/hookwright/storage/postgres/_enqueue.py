@@ -33,7 +33,9 @@ READ_COMMITTED = "current_setting('transaction_isolation') = 'read committed'"
 
 ENQUEUE = f"""
 WITH current AS MATERIALIZED (
-    SELECT value AS revision, hookwright.clock() AS now FROM hookwright.meta WHERE key = 'endpoints_revision'
+    SELECT value AS revision, hookwright.clock() AS now,
+        set_config('lock_timeout', coalesce($19::text, current_setting('lock_timeout')), true)
+    FROM hookwright.meta WHERE key = 'endpoints_revision'
 ), new AS (
     INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, idempotency_key, digest,
         delivery_count, trace_context)
@@ -48,7 +50,8 @@ WITH current AS MATERIALIZED (
 ), rows AS (
     SELECT d.id, d.event_id, d.endpoint_id, d.available_at, d.skipped
     FROM unnest($12::text[], $13::text[], $14::text[], $15::bigint[], $16::bool[])
-        AS d(id, event_id, endpoint_id, available_at, skipped) JOIN new ON new.id = d.event_id
+        AS d(id, event_id, endpoint_id, available_at, skipped)
+    WHERE (d.event_id IN (SELECT id FROM new)) IS TRUE  -- looked up, not joined: that would compare all with all
 ), stored AS (
     INSERT INTO hookwright.delivery (id, event_id, endpoint_id, state, available_at, created_at, finished_at)
     SELECT id, event_id, endpoint_id, CASE WHEN skipped THEN 'skipped' ELSE 'pending' END,
@@ -73,16 +76,21 @@ SELECT {_SEEN} FROM hookwright.event WHERE idempotency_key = ANY($2::text[])
 """
 
 
+HURRIED = "50"
+"""Milliseconds that a `hurried` one waits for a transaction with the same id or key: as long as a commit may take."""
+
+
 async def enqueue(
-    database: Database, waiting: Sequence[Emitted], channel: str | None
+    database: Database, waiting: Sequence[Emitted], channel: str | None, *, hurried: bool = False
 ) -> list[Receipt | HookwrightError]:
     """Answer each as `Storage.enqueue` says: its receipt, or why it was refused. With a channel, tell of new rows."""
     ids: dict[str, int] = {}
     again = next((n for n, emitted in enumerate(waiting) if ids.setdefault(emitted.event.id, n) != n), None)
     if again is not None:  # both would get the rows of both: what is repeated comes in a statement of its own
-        before = await enqueue(database, waiting[:again], channel)
-        return before + await enqueue(database, waiting[again:], channel)
-    revision, stored, _, _ = await database.first(ENQUEUE, *arguments(waiting, channel), True)
+        before = await enqueue(database, waiting[:again], channel, hurried=hurried)
+        return before + await enqueue(database, waiting[again:], channel, hurried=hurried)
+    limit = HURRIED if hurried else None
+    revision, stored, _, _ = await database.first(ENQUEUE, *arguments(waiting, channel), True, limit)
     return await _answers(database, waiting, revision, set(stored or ()))
 
 
@@ -105,9 +113,11 @@ async def _answers(
     return answers
 
 
-async def enqueue_all(database: Database, waiting: Sequence[Emitted], channel: str | None) -> list[Receipt]:
+async def enqueue_all(
+    database: Database, waiting: Sequence[Emitted], channel: str | None, *, hurried: bool = False
+) -> list[Receipt]:
     """See `Storage.enqueue_many`. A refusal of one raises, so that nothing of the others stays."""
-    return _all(await enqueue(database, waiting, channel))
+    return _all(await enqueue(database, waiting, channel, hurried=hurried))
 
 
 async def enqueue_unless_isolated(
@@ -118,7 +128,7 @@ async def enqueue_unless_isolated(
         if not await database.value(f"SELECT {READ_COMMITTED}"):
             return None
         return await enqueue_all(database, waiting, channel)
-    revision, stored, _, read_committed = await database.first(ENQUEUE, *arguments(waiting, channel), False)
+    revision, stored, _, read_committed = await database.first(ENQUEUE, *arguments(waiting, channel), False, None)
     return _all(await _answers(database, waiting, revision, set(stored or ()))) if read_committed else None
 
 

@@ -54,10 +54,14 @@ CLOSING_LIMIT = 0.3
 
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 14_000}
 
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+
 FIRST_CONNECTIONS = 3
 """Connections that only emit, claim and settle use, so that nobody's history holds them up."""
 
 SETTINGS = {
+    "default_transaction_isolation": "'read committed'",
+    "default_transaction_read_only": "off",
     "jit": "off",
     "statement_timeout": "10000",
     "lock_timeout": "5000",
@@ -70,9 +74,6 @@ _TUNED = {f"enable_{kind}": "off" for kind in ("seqscan", "bitmapscan", "sort", 
 }
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
 
-_HURRIED = "; SET LOCAL lock_timeout = 50"
-"""As long as a commit that is under way may take."""
-
 
 class CommitLost(StorageUnavailable):
     """The connection broke in the commit: the transaction may have happened."""
@@ -81,12 +82,14 @@ class CommitLost(StorageUnavailable):
 class Pool:
     """Up to `size` connections to one database. `pooler`: another pool is in between, which keeps no settings."""
 
-    def __init__(self, dsn: str, names: Names, *, size: int, pooler: bool, begin: Callable[[], str]) -> None:
+    def __init__(
+        self, dsn: str, names: Names, *, size: int, pooler: bool, settings: Callable[[], dict[str, str]]
+    ) -> None:
         self._dsn = dsn
         self._names = names
         self._size = size
         self._pooler = pooler
-        self._begin = begin
+        self._settings = settings
         self._pools: tuple[asyncpg.Pool[Any], asyncpg.Pool[Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
@@ -115,7 +118,7 @@ class Pool:
             statement_cache_size=0 if self._pooler else 256,
             max_cached_statement_lifetime=0,
             max_inactive_connection_lifetime=300.0,
-            server_settings=None if self._pooler else dict(settings),
+            server_settings=None if self._pooler else {name: value.strip("'") for name, value in settings.items()},
             init=self._note,
             reset=_keep,
         )
@@ -157,28 +160,24 @@ class Pool:
         operation: Operation[T],
         *,
         first: bool = False,
-        durable: bool = True,
+        single: bool = False,
         reads: bool = False,
-        hurried: bool = False,
         patience: float = 0.0,
+        repeats: bool = True,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
-        `first`: it is what events wait for: it has connections of its own and plans that are known to be good. While
-        the server cannot be reached it is repeated for `patience` seconds, and so it is when another transaction was in
-        the way, unless it is `hurried`. `durable=False`: a crash of the server may forget it.
+        `first`: it is what events wait for: it has connections of its own and plans that are known to be good.
+        `single`: each statement may be a transaction of its own, which saves two turns of the loop. While the server
+        cannot be reached it is repeated for `patience` seconds, and, with `repeats`, when another transaction was in
+        the way.
 
         Raises StorageError; CommitLost when the connection broke in the commit.
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
-        begin = self._begin()
-        if self._pooler:
-            settings = SETTINGS | _TUNED if first else SETTINGS
-            begin += "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
-        begin += ("" if durable else "; SET LOCAL synchronous_commit = off") + (_HURRIED if hurried else "")
-        attempt = partial(self._attempt, operation, begin, first, reads)
-        passing = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
+        attempt = partial(self._attempt, operation, first, single and not self._pooler, reads)
+        passing = (StorageUnavailable, StorageBusy) if repeats else (StorageUnavailable,)
         task = asyncio.get_running_loop().create_task(self._run(attempt, passing, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -219,45 +218,69 @@ class Pool:
             await asyncio.wait_for(self._closing.wait(), seconds)
             raise closed()
 
-    async def _attempt(self, operation: Operation[T], begin: str, first: bool, reads: bool) -> T:
+    async def _attempt(self, operation: Operation[T], first: bool, single: bool, reads: bool) -> T:
+        if self._pools is None:
+            raise closed()
+        pool = self._pools[first]
         try:
             async with asyncio.timeout(TRANSACTION_LIMIT):
-                return await self._transaction(operation, begin, first, reads)
+                connection = await pool.acquire()
+                pid = connection.get_server_pid()
+                self._busy.add(pid)
+                try:
+                    if single:
+                        return await self._statements(operation, connection)
+                    return await self._transaction(operation, connection, first, reads)
+                finally:
+                    self._busy.discard(pid)
+                    await _release(pool, connection)
         except self._foreign as error:
             if isinstance(error, TimeoutError):
                 self.suspect()
             raise convert(error) from error
 
-    async def _transaction(self, operation: Operation[T], begin: str, first: bool, reads: bool) -> T:
-        if self._pools is None:
-            raise closed()
-        pool = self._pools[first]
-        connection = await pool.acquire()
-        pid = connection.get_server_pid()
-        self._busy.add(pid)
+    async def _statements(self, operation: Operation[T], connection: Any) -> T:
         try:
-            try:
-                await connection.execute(begin, timeout=ANSWER_LIMIT)
-                answer = await operation(Database(connection, self._names))
-            except BaseException as error:
-                await _roll_back(connection, error)
-                raise
-            try:
-                await connection.execute("COMMIT")
-            except BaseException as error:
+            for name, value in self._settings().items():
+                await connection.execute(f"SET {name} = {value}")
+            answer = await operation(Database(connection, self._names))
+        except BaseException as error:
+            if not isinstance(getattr(error, "sqlstate", None), str) and not isinstance(error, HookwrightError):
                 _give_up(connection)
-                if isinstance(error, (TimeoutError, asyncio.CancelledError)):
-                    self.suspect()
-                if reads and isinstance(error, self._foreign):
-                    return answer  # it was read, whatever becomes of the connection
-                if not isinstance(error, self._foreign) or isinstance(convert(error), StorageUnavailable):
-                    raise CommitLost("the connection broke in a commit: it may or may not have happened") from error
-                raise
-            self.transactions += 1
-            return answer
-        finally:
-            self._busy.discard(pid)
-            await _release(pool, connection)
+            self._lost(error)
+            raise
+        self.transactions += 1
+        return answer
+
+    def _lost(self, error: BaseException) -> None:
+        """Raise CommitLost for an error that leaves open whether what was asked for has happened."""
+        if isinstance(error, (TimeoutError, asyncio.CancelledError)):
+            self.suspect()
+        elif not isinstance(error, self._foreign) or not isinstance(convert(error), StorageUnavailable):
+            return
+        raise CommitLost("the connection broke in a commit: it may or may not have happened") from error
+
+    async def _transaction(self, operation: Operation[T], connection: Any, first: bool, reads: bool) -> T:
+        settings = self._settings()
+        if self._pooler:
+            settings = settings | SETTINGS | (_TUNED if first else {})
+        begin = BEGIN + "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
+        try:
+            await connection.execute(begin, timeout=ANSWER_LIMIT)
+            answer = await operation(Database(connection, self._names))
+        except BaseException as error:
+            await _roll_back(connection, error)
+            raise
+        try:
+            await connection.execute("COMMIT")
+        except BaseException as error:
+            _give_up(connection)
+            if reads and isinstance(error, self._foreign):
+                return answer  # it was read, whatever becomes of the connection
+            self._lost(error)
+            raise
+        self.transactions += 1
+        return answer
 
 
 def keep_alive(connection: Any) -> None:

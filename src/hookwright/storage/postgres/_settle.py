@@ -87,6 +87,51 @@ async def settle(
     return answers
 
 
+_SUCCEEDED = (
+    "SELECT * FROM hookwright.settle_1($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::int[],"
+    " $7::text[], $8::bytea[], $9::bool[], $10::bytea[])"
+)
+
+
+def all_succeeded(outcomes: Sequence[Outcome]) -> bool:
+    """Whether all are plain successes of different deliveries, as most are: one call settles them."""
+    return len({outcome.delivery_id for outcome in outcomes}) == len(outcomes) > 0 and all(
+        outcome.state is DeliveryState.SUCCEEDED
+        and outcome.attempt is not None
+        and outcome.attempt.error is None
+        and outcome.attempt.detail is None
+        and outcome.counts
+        and not (outcome.gone or outcome.hold or outcome.throttled or outcome.alerts)
+        for outcome in outcomes
+    )
+
+
+async def settle_successes(database: Database, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
+    """Do what `settle` does for results of which `all_succeeded`, in one call of a function in the server."""
+    rows = [attempt_row(outcome.delivery_id, 0, outcome.attempt) for outcome in outcomes if outcome.attempt is not None]
+    _, _, started, duration, status, _, _, headers, body, truncated, sha256 = _columns(rows, 11)
+    _, held, lanes, failures, stopped = await database.first(
+        _SUCCEEDED,
+        [outcome.delivery_id for outcome in outcomes],
+        [outcome.endpoint_id for outcome in outcomes],
+        [outcome.token for outcome in outcomes],
+        *(started, duration, status, headers, body, truncated, sha256),
+    )
+    before = {lane: (count, over) for lane, count, over in zip(lanes or (), failures or (), stopped or (), strict=True)}
+    kept, answers = set(held or ()), []
+    for place, outcome in enumerate(outcomes, 1):
+        if place not in kept:
+            answers.append(Settled(held=False))
+        elif outcome.endpoint_id not in before:  # the endpoint is deleted and swept
+            answers.append(Settled(held=True))
+        else:
+            count, over = before[outcome.endpoint_id]
+            before[outcome.endpoint_id] = 0, over
+            changes = (Change.RECOVERED,) if count >= policy.failing_at else ()
+            answers.append(Settled(True, None, True, 0, changes, None, over))
+    return answers
+
+
 class _Settling:
     """One settle: what was read, and what is to be written."""
 

@@ -164,3 +164,381 @@ ALTER TABLE hookwright.event ALTER data SET STATISTICS 0, ALTER attributes SET S
     ALTER trace_context SET STATISTICS 0;
 ALTER TABLE hookwright.attempt ALTER detail SET STATISTICS 0, ALTER response_headers SET STATISTICS 0,
     ALTER response_body SET STATISTICS 0;
+
+-- Claim and settle are one call each: what takes a turn of the process's event loop for every statement would otherwise
+-- take most of the time, with lanes locked meanwhile. A statement in them sees what was committed before it began, which
+-- is what makes it right to lock first and to read then. A version that changes one adds it under the next number, so
+-- that processes of the version before go on with theirs.
+
+-- See `_claim.py`. Rows with a place are leases; the last, without, has the time, when to come again, the endpoint counter.
+CREATE FUNCTION hookwright.claim_1(
+    p_limit integer, p_unproven integer, p_further integer, p_lease bigint, p_concurrency integer, p_busy text[],
+    p_busy_counts integer[], p_slow text[], p_held text[], p_token text, p_owner bigint, p_shared boolean
+) RETURNS TABLE (
+    place integer, endpoint_id text, id text, event_id text, attempts integer, interruptions integer,
+    budget_from integer, created_at bigint, available_at bigint, renewed_at bigint, type text, data bytea, tenant text,
+    occurred_at bigint, taken_over boolean, proven boolean
+) LANGUAGE plpgsql AS $claim$
+#variable_conflict use_column
+DECLARE
+    c_turn CONSTANT integer := 12;               -- a turn is a time divided by 2 ** 12: 4 ms
+    c_turns_end CONSTANT bigint := 17592186044416;  -- below are turns, above are times
+    c_forever CONSTANT bigint := 4611686018427387904;
+    c_woken CONSTANT integer := 1000;
+    c_look_again CONSTANT bigint := 5000;
+    v_now bigint;
+    v_left integer := p_limit;
+    v_unproven integer := p_unproven;
+    v_further integer := p_further;
+    v_lane record;
+    v_room integer;
+    v_count integer;
+    v_first integer;
+    v_tolerance bigint;
+    v_early boolean;
+    v_asked integer;
+    v_most integer;
+    v_from integer;
+    v_to integer;
+    v_at integer;
+    v_seen text[] := '{}';
+    v_taken text[] := '{}';      -- lanes that gave in this claim, and how much
+    v_counts integer[] := '{}';
+    v_lanes text[];              -- lanes with room, in turn
+    v_rooms integer[];
+    v_earned integer[];
+    v_intervals bigint[];
+    v_rates bigint[];
+    v_chosen text[];
+    v_proven boolean[];
+    v_ended text[];
+    v_served text[];
+    v_empty text[];
+    v_places integer := 0;
+    v_stopped text[];
+    v_next bigint;
+    v_revision bigint;
+    v_passed boolean;
+BEGIN
+    -- A crash of the server that forgets a claim forgets leases, and no event.
+    PERFORM set_config('synchronous_commit', 'off', true);
+
+    -- Make lanes due that were woken, those that nobody else has locked.
+    WITH current AS MATERIALIZED (SELECT hookwright.clock() AS now), waking AS MATERIALIZED (
+        SELECT w.endpoint_id, array_agg(w.id) AS ids, min(w.available_at) AS first FROM (
+            SELECT wake.id, wake.endpoint_id, wake.available_at FROM hookwright.wake ORDER BY wake.id LIMIT c_woken
+        ) AS w GROUP BY w.endpoint_id
+    ), locked AS MATERIALIZED (
+        SELECT waking.endpoint_id, waking.ids, waking.first FROM waking CROSS JOIN LATERAL (
+            SELECT 1 FROM hookwright.lane AS l WHERE l.endpoint_id = waking.endpoint_id FOR UPDATE SKIP LOCKED
+        ) AS held
+    ), folded AS (
+        DELETE FROM hookwright.wake AS w USING (SELECT unnest(locked.ids) AS id FROM locked) AS gone
+        WHERE w.id = gone.id
+    ), moved AS (
+        UPDATE hookwright.lane AS l SET due_at = due.due_at FROM (
+            SELECT locked.endpoint_id, CASE WHEN first > now THEN first ELSE now >> c_turn END AS due_at
+            FROM locked, current
+        ) AS due WHERE l.endpoint_id = due.endpoint_id AND l.due_at > due.due_at
+    )
+    SELECT current.now, (
+        SELECT array_agg(waking.endpoint_id) FROM waking
+        JOIN hookwright.endpoint AS p ON p.id = waking.endpoint_id
+        WHERE (p.deleted OR p.state = 'disabled') AND (
+            (waking.endpoint_id IN (SELECT locked.endpoint_id FROM locked)) IS TRUE
+            OR NOT EXISTS (SELECT 1 FROM hookwright.lane AS l WHERE l.endpoint_id = waking.endpoint_id)
+        )
+    ) INTO v_now, v_stopped FROM current;
+
+    -- Rows that were committed after their endpoint was deleted, or disabled, and swept: to be swept.
+    IF v_stopped IS NOT NULL THEN
+        INSERT INTO hookwright.lane (endpoint_id, due_at, hold_until, sweep)
+        SELECT p.id, c_forever, c_forever, 'cancelled' FROM hookwright.endpoint AS p
+        WHERE p.id = ANY(v_stopped) AND p.deleted ORDER BY p.id ON CONFLICT DO NOTHING;
+        UPDATE hookwright.lane AS l SET sweep = 'skipped' FROM hookwright.endpoint AS p
+        WHERE p.id = l.endpoint_id AND p.state = 'disabled' AND NOT p.deleted AND l.sweep IS NULL
+            AND l.endpoint_id = ANY(v_stopped);
+    END IF;
+
+    WHILE p_limit > 0 LOOP
+        -- Lock the lanes that are due and not held, as many as can matter. Who has room for how much, in turn.
+        v_early := false;
+        v_lanes := '{}'; v_rooms := '{}'; v_earned := '{}'; v_intervals := '{}'; v_rates := '{}';
+        FOR v_lane IN
+            WITH a AS MATERIALIZED (
+                SELECT greatest(l.due_at, l.hold_until, l.rate_until) AS turn, l.endpoint_id, l.earned, l.cap,
+                    l.rate_interval, l.rate_at FROM hookwright.lane AS l
+                WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) < c_turns_end
+                ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
+                LIMIT p_limit + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+            ), b AS MATERIALIZED (
+                SELECT greatest(l.due_at, l.hold_until, l.rate_until) >> c_turn AS turn, l.endpoint_id, l.earned, l.cap,
+                    l.rate_interval, l.rate_at FROM hookwright.lane AS l
+                WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) >= c_turns_end
+                    AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now
+                ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
+                LIMIT p_limit + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+            ), c AS MATERIALIZED (
+                SELECT greatest(l.due_at, l.hold_until, l.rate_until) AS turn, l.endpoint_id, l.earned, l.cap,
+                    l.rate_interval, l.rate_at FROM hookwright.lane AS l
+                WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) < c_turns_end
+                ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
+                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+            ), d AS MATERIALIZED (
+                SELECT greatest(l.due_at, l.hold_until, l.rate_until) >> c_turn AS turn, l.endpoint_id, l.earned, l.cap,
+                    l.rate_interval, l.rate_at FROM hookwright.lane AS l
+                WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) >= c_turns_end
+                    AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now
+                ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
+                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+            )
+            SELECT * FROM (
+                SELECT * FROM a UNION ALL SELECT * FROM b UNION ALL SELECT * FROM c UNION ALL SELECT * FROM d
+            ) AS heads ORDER BY heads.turn, heads.endpoint_id
+        LOOP
+            v_seen := v_seen || v_lane.endpoint_id;
+            v_room := coalesce(v_lane.cap, p_concurrency);
+            IF p_shared THEN  -- in a statement of its own, after the lock: others' leases are as they are now
+                v_room := v_room - (
+                    SELECT count(*) FROM hookwright.lease AS h
+                    WHERE h.endpoint_id = v_lane.endpoint_id AND h.until > v_now AND h.owner <> p_owner
+                );
+            END IF;
+            v_count := coalesce(p_busy_counts[array_position(p_busy, v_lane.endpoint_id)], 0);
+            v_first := CASE WHEN v_lane.endpoint_id = ANY(p_busy) OR v_lane.endpoint_id = ANY(v_taken) THEN 0 ELSE 1 END;
+            v_count := v_count + coalesce(v_counts[array_position(v_taken, v_lane.endpoint_id)], 0);
+            v_room := least(greatest(1, v_lane.earned), v_room) - v_count;
+            IF v_room > 0 AND v_lane.rate_interval IS NOT NULL THEN  -- the generic cell rate algorithm
+                v_tolerance := greatest(0, 1000000 - v_lane.rate_interval);
+                IF v_now + v_tolerance < greatest(v_lane.rate_at, v_now) THEN
+                    v_room := 0;
+                ELSE
+                    v_room := least(v_room, (v_now + v_tolerance - greatest(v_lane.rate_at, v_now))
+                        / v_lane.rate_interval + 1);
+                END IF;
+                IF v_room <= 0 THEN
+                    UPDATE hookwright.lane AS l SET rate_until = v_lane.rate_at - v_tolerance
+                    WHERE l.endpoint_id = v_lane.endpoint_id;
+                    v_early := true;
+                END IF;
+            END IF;
+            v_room := least(v_room, v_left, v_first + v_further);
+            IF v_room > 0 THEN
+                v_lanes := v_lanes || v_lane.endpoint_id;
+                v_rooms := v_rooms || v_room;
+                v_earned := v_earned || v_lane.earned;
+                v_intervals := v_intervals || v_lane.rate_interval;
+                v_rates := v_rates || v_lane.rate_at;
+            END IF;
+        END LOOP;
+
+        -- Serve them, some at a time: those behind find nothing left.
+        v_from := 1;
+        v_most := 4 * p_limit;
+        WHILE v_from <= cardinality(v_lanes) AND v_left > 0 LOOP
+            v_asked := 0;
+            v_to := v_from - 1;
+            WHILE v_to < cardinality(v_lanes) AND v_asked < v_most LOOP
+                v_to := v_to + 1;
+                v_asked := v_asked + v_rooms[v_to];
+            END LOOP;
+            v_chosen := '{}'; v_proven := '{}'; v_ended := '{}'; v_served := '{}'; v_empty := '{}';
+
+            -- Three walks along an index for each lane: rows for now, rows by time, and leases that have ended.
+            FOR v_lane IN
+                SELECT asked.place, asked.endpoint_id, asked.room, due.ids, due.ended
+                FROM unnest(v_lanes[v_from:v_to], v_rooms[v_from:v_to]) WITH ORDINALITY
+                    AS asked (endpoint_id, room, place)
+                CROSS JOIN LATERAL (
+                    SELECT array_agg(found.id ORDER BY found.since, found.id) AS ids,
+                        array_agg(found.id) FILTER (WHERE found.ended) AS ended
+                    FROM (
+                        (SELECT d.id, d.created_at AS since, false AS ended FROM hookwright.delivery AS d
+                         WHERE d.endpoint_id = asked.endpoint_id AND d.available_at <= 0 AND NOT EXISTS (
+                             SELECT 1 FROM hookwright.lease AS h
+                             WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
+                         ) AND d.id <> ALL(p_held) ORDER BY d.available_at, d.id LIMIT asked.room)
+                        UNION ALL
+                        (SELECT d.id, d.available_at, false FROM hookwright.delivery AS d
+                         WHERE d.endpoint_id = asked.endpoint_id AND d.available_at > 0 AND d.available_at <= v_now
+                         AND NOT EXISTS (
+                             SELECT 1 FROM hookwright.lease AS h
+                             WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
+                         ) AND d.id <> ALL(p_held) ORDER BY d.available_at, d.id LIMIT asked.room)
+                        UNION ALL
+                        (SELECT d.id, CASE WHEN h.until > 0 THEN h.until ELSE d.created_at END, true
+                         FROM hookwright.lease AS h JOIN hookwright.delivery AS d ON d.id = h.delivery_id
+                         WHERE h.endpoint_id = asked.endpoint_id AND h.until <= v_now AND h.delivery_id <> ALL(p_held)
+                         ORDER BY h.until, h.delivery_id LIMIT asked.room)
+                    ) AS found
+                ) AS due ORDER BY asked.place
+            LOOP
+                IF v_lane.ids IS NULL THEN
+                    v_empty := v_empty || v_lane.endpoint_id;
+                    CONTINUE;
+                END IF;
+                v_at := v_from + v_lane.place::integer - 1;
+                v_first := CASE WHEN v_lane.endpoint_id = ANY(p_busy) OR v_lane.endpoint_id = ANY(v_taken)
+                    THEN 0 ELSE 1 END;
+                v_count := least(v_lane.room, cardinality(v_lane.ids), v_left, v_first + v_further);
+                IF v_earned[v_at] = 0 OR v_lane.endpoint_id = ANY(p_slow) THEN
+                    v_count := least(v_count, v_unproven);
+                    v_unproven := v_unproven - v_count;
+                END IF;
+                CONTINUE WHEN v_count <= 0;
+                v_left := v_left - v_count;
+                v_further := v_further - greatest(0, v_count - v_first);
+                IF v_lane.endpoint_id = ANY(v_taken) THEN
+                    v_room := array_position(v_taken, v_lane.endpoint_id);
+                    v_counts[v_room] := v_counts[v_room] + v_count;
+                ELSE
+                    v_taken := v_taken || v_lane.endpoint_id;
+                    v_counts := v_counts || v_count;
+                END IF;
+                v_chosen := v_chosen || v_lane.ids[1:v_count];
+                v_proven := v_proven || array_fill(v_earned[v_at] > 0, ARRAY[v_count]);
+                v_ended := v_ended || coalesce(v_lane.ended, '{}');
+                v_served := v_served || v_lane.endpoint_id;
+                IF v_intervals[v_at] IS NOT NULL THEN
+                    v_rates[v_at] := greatest(v_rates[v_at], v_now) + v_intervals[v_at] * v_count;
+                    UPDATE hookwright.lane AS l SET rate_at = v_rates[v_at],
+                        rate_until = v_rates[v_at] - greatest(0, 1000000 - v_intervals[v_at])
+                    WHERE l.endpoint_id = v_lane.endpoint_id;
+                END IF;
+            END LOOP;
+
+            -- Lease them, each under a fresh token. What is taken over from a process that died has a lease already.
+            IF cardinality(v_chosen) > 0 THEN
+                v_ended := ARRAY(SELECT unnest(v_ended) INTERSECT SELECT unnest(v_chosen));
+                IF cardinality(v_ended) > 0 THEN
+                    WITH taken AS (
+                        UPDATE hookwright.delivery AS d SET attempt_count = d.attempt_count + 1,
+                            interruptions = d.interruptions + 1, last_error = 'interrupted', last_status = NULL
+                        WHERE d.id = ANY(v_ended) RETURNING d.id, d.attempt_count
+                    )
+                    INSERT INTO hookwright.attempt (delivery_id, number, started_at, duration, error)
+                    SELECT taken.id, taken.attempt_count, v_now, 0, 'interrupted' FROM taken;
+                END IF;
+                RETURN QUERY
+                WITH chosen AS MATERIALIZED (
+                    SELECT c.id, c.proven, v_places + c.place AS place
+                    FROM unnest(v_chosen, v_proven) WITH ORDINALITY AS c (id, proven, place)
+                ), leased AS (
+                    INSERT INTO hookwright.lease AS h (endpoint_id, delivery_id, token, until, attempt_count, owner)
+                    SELECT d.endpoint_id, d.id, p_token || chosen.place, v_now + p_lease, d.attempt_count, p_owner
+                    FROM chosen JOIN hookwright.delivery AS d ON d.id = chosen.id
+                    ON CONFLICT (endpoint_id, delivery_id) DO UPDATE SET token = excluded.token, until = excluded.until,
+                        attempt_count = excluded.attempt_count, owner = excluded.owner
+                )
+                SELECT chosen.place::integer, d.endpoint_id, d.id, d.event_id, d.attempt_count, d.interruptions,
+                    d.budget_from, d.created_at, d.available_at, d.renewed_at, e.type, e.data, e.tenant, e.occurred_at,
+                    d.id = ANY(v_ended), chosen.proven
+                FROM chosen JOIN hookwright.delivery AS d ON d.id = chosen.id
+                JOIN hookwright.event AS e ON e.id = d.event_id;
+                v_places := v_places + cardinality(v_chosen);
+            END IF;
+
+            -- Move the lanes on: to the time of their first row, or to their next turn. A hold that is over goes: it
+            -- would be the lane's place in the queue for ever, before all who take turns. Lanes in which nothing was
+            -- found were early, and may have hidden others: then look again.
+            IF cardinality(v_served) + cardinality(v_empty) > 0 THEN
+                WITH moved AS (
+                    UPDATE hookwright.lane AS l SET
+                        hold_until = CASE WHEN l.hold_until > v_now THEN l.hold_until ELSE 0 END,
+                        due_at = CASE WHEN found.first > v_now THEN found.first ELSE (v_now >> c_turn) + 1 END
+                    FROM (
+                        SELECT moving.endpoint_id, least(coalesce((
+                            SELECT d.available_at FROM hookwright.delivery AS d
+                            WHERE d.endpoint_id = moving.endpoint_id AND d.available_at IS NOT NULL AND NOT EXISTS (
+                                SELECT 1 FROM hookwright.lease AS h
+                                WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
+                            ) ORDER BY d.available_at, d.id LIMIT 1
+                        ), c_forever), coalesce((
+                            SELECT min(h.until) FROM hookwright.lease AS h WHERE h.endpoint_id = moving.endpoint_id
+                        ), c_forever)) AS first FROM unnest(v_served || v_empty) AS moving (endpoint_id)
+                    ) AS found WHERE l.endpoint_id = found.endpoint_id RETURNING l.endpoint_id, l.due_at
+                )
+                SELECT v_early OR coalesce(bool_or(moved.due_at > v_now), false) INTO v_early FROM moved
+                WHERE moved.endpoint_id = ANY(v_empty);
+            END IF;
+            v_from := v_to + 1;
+            v_most := 2 * v_most;
+        END LOOP;
+        EXIT WHEN NOT v_early;
+    END LOOP;
+
+    -- When to come again: when the next lane opens, or in a moment for what somebody else had locked.
+    SELECT min(later.ready) INTO v_next FROM (
+        (SELECT greatest(l.due_at, l.hold_until, l.rate_until) AS ready FROM hookwright.lane AS l
+         WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) > greatest(v_now, c_turns_end)
+         ORDER BY greatest(l.due_at, l.hold_until, l.rate_until) LIMIT 1)
+        UNION ALL
+        (SELECT greatest(l.due_at, l.hold_until, l.rate_until) FROM hookwright.lane AS l
+         WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) > greatest(v_now, c_turns_end)
+         ORDER BY greatest(l.due_at, l.hold_until, l.rate_until) LIMIT 1)
+    ) AS later;
+    SELECT m.value, v_left > 0 AND (EXISTS (SELECT 1 FROM hookwright.wake) OR EXISTS (
+        SELECT 1 FROM hookwright.lane AS l
+        WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now AND l.endpoint_id <> ALL(v_seen)
+    ) OR v_unproven > 0 AND EXISTS (
+        SELECT 1 FROM hookwright.lane AS l
+        WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now AND l.endpoint_id <> ALL(v_seen)
+    )) INTO v_revision, v_passed FROM hookwright.meta AS m WHERE m.key = 'endpoints_revision';
+    IF v_passed THEN
+        v_next := least(coalesce(v_next, c_forever), v_now + c_look_again);
+    END IF;
+    created_at := v_now;
+    available_at := CASE WHEN v_next < c_forever THEN v_next END;
+    renewed_at := v_revision;
+    RETURN NEXT;
+END $claim$;
+
+-- See `_settle.py`: results that are all successes, told once each. Returns the time, the places of those whose lease
+-- held, and what their lanes were before.
+CREATE FUNCTION hookwright.settle_1(
+    p_ids text[], p_endpoints text[], p_tokens text[], p_started bigint[], p_duration bigint[], p_status integer[],
+    p_headers text[], p_body bytea[], p_truncated boolean[], p_sha256 bytea[],
+    OUT now bigint, OUT held integer[], OUT lanes text[], OUT failures integer[], OUT stopped boolean[]
+) LANGUAGE plpgsql AS $settle$
+#variable_conflict use_column
+DECLARE
+    v_now bigint;
+    v_held integer[];
+BEGIN
+    SELECT array_agg(l.endpoint_id), array_agg(l.failures), array_agg(l.sweep IS NOT NULL)
+    INTO lanes, failures, stopped FROM (
+        SELECT l.endpoint_id, l.failures, l.sweep FROM hookwright.lane AS l
+        WHERE l.endpoint_id = ANY(p_endpoints) ORDER BY l.endpoint_id FOR UPDATE
+    ) AS l;
+    v_now := hookwright.clock();
+    -- After the lock: a lease that was read before it may be another one by now.
+    SELECT array_agg(told.place::integer) INTO v_held
+    FROM unnest(p_ids, p_endpoints, p_tokens) WITH ORDINALITY AS told (id, endpoint_id, token, place)
+    JOIN hookwright.lease AS h
+        ON h.endpoint_id = told.endpoint_id AND h.delivery_id = told.id AND h.token = told.token;
+    now := v_now;
+    held := v_held;
+    IF v_held IS NULL THEN
+        RETURN;
+    END IF;
+    WITH told AS MATERIALIZED (
+        SELECT p_ids[place] AS id, p_endpoints[place] AS endpoint_id, p_status[place] AS status, place
+        FROM unnest(v_held) AS place
+    ), given_up AS (
+        DELETE FROM hookwright.lease AS h USING told WHERE h.endpoint_id = told.endpoint_id AND h.delivery_id = told.id
+        RETURNING h.delivery_id, h.attempt_count + 1 AS number, told.place
+    ), ended AS (
+        UPDATE hookwright.delivery AS d SET state = 'succeeded', available_at = NULL, finished_at = v_now,
+            attempt_count = d.attempt_count + 1, last_status = told.status, last_error = NULL
+        FROM told WHERE d.id = told.id
+    ), tried AS (
+        INSERT INTO hookwright.attempt (delivery_id, number, started_at, duration, status, response_headers,
+            response_body, response_truncated, body_sha256)
+        SELECT g.delivery_id, g.number, p_started[g.place], p_duration[g.place], p_status[g.place], p_headers[g.place],
+            p_body[g.place], p_truncated[g.place], p_sha256[g.place] FROM given_up AS g
+    )
+    UPDATE hookwright.lane AS l SET failures = 0, failing_since = NULL, throttles = 0, last_success = true,
+        last_at = v_now, earned = least(1024, greatest(1, l.earned) * (1 << least(10, counted.successes)::integer))
+    FROM (SELECT told.endpoint_id, count(*) AS successes FROM told GROUP BY told.endpoint_id) AS counted
+    WHERE l.endpoint_id = counted.endpoint_id;
+END $settle$;
