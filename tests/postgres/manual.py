@@ -40,6 +40,10 @@ class ManualPostgresStorage(PostgresStorage):
         finally:
             await connection.close()
 
-    def _begin(self) -> str:
+    def set_time(self) -> str:
+        """Return what tells a transaction the time; one of the application's has to be told, too."""
         assert self._manual_clock is not None
-        return f"{super()._begin()}; SET LOCAL hookwright.now = '{self._manual_clock.now()}'"
+        return f"SET LOCAL hookwright.now = '{self._manual_clock.now()}'"
+
+    def _begin(self) -> str:
+        return f"{super()._begin()}; {self.set_time()}"
