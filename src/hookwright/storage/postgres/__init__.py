@@ -153,7 +153,7 @@ class PostgresStorage(Storage):
                 await listener.close()
             raise
         notifier = Notifier(channel, pool)
-        callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision))
+        callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision, first=True))
         self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers)
         self._freed = False
 
@@ -331,7 +331,7 @@ class PostgresStorage(Storage):
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
-        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id))
+        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id), first=True)  # as emits ask
 
     async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
         """See `Storage.list_endpoints`."""
