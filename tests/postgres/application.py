@@ -54,8 +54,12 @@ class App:
         return len(await self.query("SELECT * FROM orders"))
 
     async def waiting(self) -> int:
-        """How many connections wait for a lock."""
-        return len(await self.query("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        """How many connections wait for a lock with a statement on our tables."""
+        return len(
+            await self.query(
+                "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, current_schema()) > 0"
+            )
+        )
 
     def sent(self, transport: FakeTransport | None = None) -> list[str]:
         return [dict(request.headers)["webhook-id"] for request in (transport or self.transport).requests]
