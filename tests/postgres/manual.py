@@ -40,6 +40,11 @@ class ManualPostgresStorage(PostgresStorage):
         finally:
             await connection.close()
 
+    def set_time(self) -> str:
+        """Return what tells a transaction the time; one of the application's has to be told, too."""
+        [(name, value)] = self._settings().items()
+        return f"SET LOCAL {name} = {value}"
+
     def _settings(self) -> dict[str, str]:
         assert self._manual_clock is not None
         return {"hookwright.now": f"'{self._manual_clock.now()}'"}

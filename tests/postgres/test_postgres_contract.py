@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
 from hookwright.testing import StorageContract
 from tests.postgres.manual import ManualPostgresStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from hookwright import Storage
 
@@ -32,3 +34,14 @@ class TestPostgresStorage(StorageContract):
         storage = ManualPostgresStorage(self._dsn, schema=schema)
         self._schemas[storage] = schema
         return storage
+
+    @asynccontextmanager
+    async def callers_transaction(self, storage: Storage) -> AsyncIterator[Any]:
+        assert isinstance(storage, ManualPostgresStorage)
+        connection = await asyncpg.connect(self._dsn)
+        try:
+            async with connection.transaction():
+                await connection.execute(storage.set_time())
+                yield connection
+        finally:
+            await connection.close()

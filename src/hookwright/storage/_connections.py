@@ -12,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
-from hookwright._errors import ValidationFailed
+from hookwright._errors import StorageUnavailable, ValidationFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -85,12 +85,16 @@ class _AioSQLite(CallersConnection):
 
 
 @contextlib.contextmanager
-def _told_when_closed() -> Iterator[None]:
-    """aiosqlite says ValueError when its connection is closed."""
+def _told_when_closed(kind: type[Exception] = ValueError) -> Iterator[None]:
+    """aiosqlite says ValueError when its connection is closed; others have an error of their own."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise ValidationFailed("connection", f"it cannot be used ({error}): give one that is open") from error
+
+
+def _lost() -> StorageUnavailable:
+    return StorageUnavailable("your connection is closed, or was lost: begin anew with another")
 
 
 class _AsyncPG(CallersConnection):
@@ -105,6 +109,10 @@ class _AsyncPG(CallersConnection):
 
     @property
     def in_transaction(self) -> bool:
+        with _told_when_closed(sys.modules["asyncpg"].InterfaceError):  # the pool has it back
+            closed = self.driver.is_closed()
+        if closed:
+            raise _lost()
         return bool(self.driver.is_in_transaction())
 
     @property
@@ -128,12 +136,14 @@ class _Psycopg(CallersConnection):
 
     @property
     def in_transaction(self) -> bool:
+        if self.driver.closed:
+            raise _lost()
         idle = self._library.pq.TransactionStatus.IDLE
         return bool(self.driver.info.transaction_status != idle)
 
     @property
     def commits_alone(self) -> bool:
-        return bool(self.driver.autocommit) and not self.in_transaction
+        return not self.in_transaction and bool(self.driver.autocommit)
 
 
 class _SQLAlchemy(CallersConnection):
@@ -233,19 +243,26 @@ def commits_alone() -> ValidationFailed:
 
 
 async def _behind_sqlalchemy(given: Any) -> CallersConnection:
+    errors = sys.modules["sqlalchemy"].exc
     connection = given
-    if not hasattr(given, "exec_driver_sql"):  # a session
-        try:
-            connection = await given.connection()
-        except sys.modules["sqlalchemy"].exc.UnboundExecutionError as error:
-            raise ValidationFailed(
-                "connection", "the session has no one engine: give `await session.connection(bind_arguments={...})`"
-            ) from error
-    dialect = connection.dialect
-    if dialect.driver not in _DRIVERS:
-        raise ValidationFailed("connection", f"SQLAlchemy uses {dialect.name}+{dialect.driver}: give {KNOWN}")
-    behind, translate = _DRIVERS[dialect.driver]
-    return _SQLAlchemy(connection, behind(connection.sync_connection.connection.driver_connection), translate)
+    with _told_when_closed(errors.InvalidRequestError):
+        if not hasattr(given, "exec_driver_sql"):  # a session
+            try:
+                connection = await given.connection()
+            except errors.UnboundExecutionError as error:
+                raise ValidationFailed(
+                    "connection", "the session has no one engine: give `await session.connection(bind_arguments={...})`"
+                ) from error
+            except (errors.DBAPIError, OSError) as error:
+                original = _driver_error(error) if isinstance(error, errors.DBAPIError) else error
+                name = type(original).__name__
+                raise StorageUnavailable(f"your session cannot connect ({name}: {original})") from original
+        dialect = connection.dialect
+        if dialect.driver not in _DRIVERS:
+            raise ValidationFailed("connection", f"SQLAlchemy uses {dialect.name}+{dialect.driver}: give {KNOWN}")
+        behind, translate = _DRIVERS[dialect.driver]
+        adapter = behind(connection.sync_connection.connection.driver_connection)
+    return _SQLAlchemy(connection, adapter, translate)
 
 
 def _class_names(connection: object) -> set[tuple[str, str]]:

@@ -151,7 +151,7 @@ class PostgresStorage(Storage):
                 await listener.close()
             raise
         notifier = Notifier(channel, pool)
-        callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision))
+        callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision, first=True))
         self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers)
         self._freed = False
 
@@ -332,7 +332,8 @@ class PostgresStorage(Storage):
 
     async def get_endpoint(self, endpoint_id: str) -> EndpointRow:
         """See `Storage.get_endpoint`."""
-        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id), patience=PATIENCE)  # emits ask it
+        # As emits ask: beside the connections on which they may wait for somebody else's transaction.
+        return await self._read(partial(_endpoints.get, endpoint_id=endpoint_id), first=True, patience=PATIENCE)
 
     async def list_endpoints(self, *, limit: int, cursor: str | None, tenant: str | None) -> Page[EndpointRow]:
         """See `Storage.list_endpoints`."""
