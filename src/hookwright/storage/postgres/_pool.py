@@ -95,21 +95,21 @@ class Pool:
         """Make ready to connect; nothing is asked of the server yet. Raises ConfigurationError."""
         asyncpg = driver()
         self._foreign = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
-        self._pool = asyncpg.create_pool(
-            self._dsn,
-            min_size=0,
-            max_size=self._size,
-            timeout=CONNECT_LIMIT,
-            statement_cache_size=256 if self._cached else 0,
-            max_cached_statement_lifetime=0,
-            max_inactive_connection_lifetime=300.0,
-            init=self._note,
-            reset=_keep,
-        )
         try:
+            self._pool = asyncpg.create_pool(
+                self._dsn,
+                min_size=0,
+                max_size=self._size,
+                timeout=CONNECT_LIMIT,
+                statement_cache_size=256 if self._cached else 0,
+                max_cached_statement_lifetime=0,
+                max_inactive_connection_lifetime=300.0,
+                init=self._note,
+                reset=_keep,
+            )
             await self._pool
         except (ValueError, asyncpg.InterfaceError, asyncpg.ClientConfigurationError) as error:
-            raise ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}") from None
+            raise _unreadable(error) from None
 
     async def _note(self, connection: Any) -> None:
         pid = connection.get_server_pid()
@@ -218,7 +218,10 @@ class Pool:
         pool = self._pool
         if pool is None:
             raise closed()
-        connection = await pool.acquire()
+        try:
+            connection = await pool.acquire()
+        except ValueError as error:
+            raise _unreadable(error) from None
         pid = connection.get_server_pid()
         self._busy.add(pid)
         try:
@@ -244,6 +247,11 @@ class Pool:
         finally:
             self._busy.discard(pid)
             await _release(pool, connection)
+
+
+def _unreadable(error: Exception) -> ConfigurationError:
+    # What it says may hold the password.
+    return ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}")
 
 
 def keep_alive(connection: Any) -> None:
