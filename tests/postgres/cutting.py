@@ -169,8 +169,7 @@ async def outcome(coroutine: Awaitable[Any], *errors: type[Exception]) -> Any:
 def idle(storage: PostgresStorage) -> bool:
     """Whether nothing is under way, and every connection of the pool is free."""
     assert storage._open is not None
-    pool = storage._open.pool._pool
-    assert pool is not None
+    pool: Any = storage._open.pool._pool
     free = all(holder._in_use is None for holder in pool._holders)
     return free and not storage._open.pool._running and not storage._writing
 
@@ -179,6 +178,3 @@ def tasks() -> set[str]:
     """Return the names of the tasks that there are, without the proxy's own and this one."""
     found = (task for task in asyncio.all_tasks() if task is not asyncio.current_task())
     return {task.get_name() for task in found if "Proxy" not in repr(task) and "_Link" not in repr(task)}
-
-
-Verb = "Callable[[Scene], Awaitable[Any]]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -46,10 +46,9 @@ async def stored(dsn: str, schema: str) -> tuple[int, int]:
     """Return how many events and deliveries there are."""
     connection = await asyncpg.connect(dsn)
     try:
-        row = await connection.fetchrow(
-            f"SELECT (SELECT count(*) FROM {schema}.event), (SELECT count(*) FROM {schema}.delivery)"
-        )
-        return tuple(row)
+        tables = ("event", "delivery")
+        events, deliveries = [await connection.fetchval(f"SELECT count(*) FROM {schema}.{table}") for table in tables]
+        return events, deliveries
     finally:
         await connection.close()
 
@@ -92,7 +91,7 @@ def unreachable_from(proxy: Proxy, text: str, action: Action) -> Callable[[Messa
 @pytest.mark.parametrize("endpoints", [0, 2])
 @pytest.mark.parametrize("named", [{}, {"idempotency_key": "k"}, {"event_id": "evt_mine"}], ids=str)
 async def test_an_emit_whose_commit_is_cut_is_stored_once_and_knows_that_it_is_its_own(
-    proxy: Proxy, postgres_dsn: str, postgres_schema: str, action: Action, endpoints: int, named: dict[str, str]
+    proxy: Proxy, postgres_dsn: str, postgres_schema: str, action: Action, endpoints: int, named: dict[str, Any]
 ) -> None:
     async with emitting(proxy, postgres_schema, endpoints) as dispatcher:
         proxy.on_message = at_emits("COMMIT", action)

@@ -120,8 +120,9 @@ class _Cutting:
         scene.storage._unknown.clear()
         scene.storage._lost_claims.clear()
         assert scene.storage._open is not None
+        pool: Any = scene.storage._open.pool._pool
         if number == 1:
-            await scene.storage._open.pool._pool.expire_connections()  # connecting is the first boundary
+            await pool.expire_connections()  # connecting is the first boundary
         cut = scene.proxy.on_message = Cut(scene.proxy, number, action)
         before = tasks()
         self.answer = await self._run()
