@@ -152,6 +152,7 @@ class Pool:
         reads: bool = False,
         hurried: bool = False,
         patience: float = 0.0,
+        repeats: tuple[type[StorageError], ...] = (StorageUnavailable, StorageBusy),
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
@@ -164,7 +165,7 @@ class Pool:
             raise closed()
         begin = self._begin() + (_TUNED if first else "") + ("" if durable else "; SET LOCAL synchronous_commit = off")
         attempt = partial(self._attempt, operation, begin + (_HURRIED if hurried else ""), first, reads)
-        passing = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
+        passing = (StorageUnavailable,) if hurried else repeats
         task = asyncio.get_running_loop().create_task(self._run(attempt, passing, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
