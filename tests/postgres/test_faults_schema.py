@@ -172,7 +172,7 @@ async def test_the_next_version_migrates_while_this_one_goes_on(
     await again.open(ManualClock())
     await _use(World(again, ManualClock()))
     await again.close()
-    found = dict(await admin.fetch(f"SELECT key, value FROM {postgres_schema}.meta"))
+    found = {row[0]: row[1] for row in await admin.fetch(f"SELECT key, value FROM {postgres_schema}.meta")}
     assert (found["schema"], found["compatible"]) == (2, 1)
 
 
