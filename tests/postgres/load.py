@@ -77,7 +77,7 @@ class Load:
                 self.acknowledged.append(event_id)
                 return
 
-    async def finish(self, timeout: float = 30.0) -> None:
+    async def finish(self, timeout: float = 90.0) -> None:
         """Wait until all that was acknowledged is delivered, and check that it is."""
         expected = len(self.acknowledged) * ENDPOINTS
         await until(lambda: self._succeeded(expected), timeout)
