@@ -1,4 +1,4 @@
-"""`python -m tests.faults --closing 1000` and `--locks`: the long forms, with their figures."""
+"""`python -m tests.faults --closing 1000`, `--locks` and `--postgres-outage 60`: the long forms, with their figures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from random import Random
 
 from tests.faults.closing import LIMIT, close_often
 from tests.faults.locks import hold, well
+from tests.postgres.load import outage
 
 
 def main() -> int:
@@ -18,11 +19,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--closing", type=int, metavar="RUNS", default=0)
     parser.add_argument("--locks", action="store_true")
+    parser.add_argument("--postgres-outage", type=float, metavar="SECONDS", default=0.0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if not options.closing and not options.locks:
-        parser.error("say what: --closing 1000, or --locks")
-    good = True
+    if not options.closing and not options.locks and not options.postgres_outage:
+        parser.error("say what: --closing 1000, --locks, or --postgres-outage 60")
+    good = not options.postgres_outage or asyncio.run(_outage(options.postgres_outage))
     with tempfile.TemporaryDirectory(prefix="hookwright-faults-") as folder:
         if options.locks:
             good = asyncio.run(_locks(Path(folder))) and good
@@ -44,6 +46,15 @@ async def _closing(folder: Path, runs: int, seed: int) -> bool:
     print(f"within {LIMIT:g} s                  {len(figures.runs) - len(figures.late)}")
     print(f"broken promises               {len(figures.broken)}")
     return not figures.late and not figures.broken and not figures.unheard
+
+
+async def _outage(seconds: float) -> bool:
+    found = await outage(seconds)
+    print(f"server away                   {found.seconds:g} s, health meanwhile: {found.state_while}")
+    print(f"delivering again after        {found.delivering_after:.2f} s")
+    print(f"emitting again after          {found.emitting_after:.2f} s ({found.given_again} were given again)")
+    print(f"repeated requests             {found.repeats}")
+    return found.delivering_after < 2 and found.emitting_after < 2
 
 
 async def _locks(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from hookwright import (
     Observation,
     StorageError,
 )
+from hookwright.storage.postgres import PostgresStorage
 from tests.conftest import until
 from tests.faults.fast import FastClock
 from tests.faults.processes import say
@@ -84,6 +85,13 @@ def plain(database: str) -> None:
 def fast(database: str, origin: str, times: str) -> None:
     """Deliver in a time that runs faster."""
     asyncio.run(serve(made(database, clock=FastClock(int(origin), int(times)))))
+
+
+def postgres(dsn: str, schema: str, origin: str, times: str) -> None:
+    """Deliver from PostgreSQL, beside others, in a time that runs faster, as the server's does."""
+    storage = PostgresStorage(dsn, schema=schema)
+    clock, network = FastClock(int(origin), int(times)), NetworkPolicy.development()
+    asyncio.run(serve(Dispatcher(storage, network=network, keys=[], clock=clock)))
 
 
 def direct(database: str) -> None:
@@ -218,5 +226,5 @@ async def hang(observation: Observation) -> None:
 
 
 if __name__ == "__main__":
-    SCENARIOS = {f.__name__: f for f in (plain, fast, direct, pooled, forks, forks_inside, nobody, forgets)}
+    SCENARIOS = {f.__name__: f for f in (plain, fast, postgres, direct, pooled, forks, forks_inside, nobody, forgets)}
     SCENARIOS[sys.argv[1]](*sys.argv[2:])

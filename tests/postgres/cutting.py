@@ -135,13 +135,13 @@ class Cut:
     """Strikes at the n-th boundary from now on, on whatever connection but the one that listens."""
 
     def __init__(self, proxy: Proxy, number: int, action: Action) -> None:
-        self._listening = {message.connection for message in proxy.messages if "LISTEN" in message.sql}
+        self.listening = {message.connection for message in proxy.messages if "LISTEN" in message.sql}
         self._number = number
         self._action = action
         self.passed: list[Message] = []
 
     def __call__(self, message: Message) -> Action | None:
-        if message.kind not in BOUNDARIES or message.connection in self._listening:
+        if message.kind not in BOUNDARIES or message.connection in self.listening:
             return None
         # After a statement is as before the next one, but for the first and the last of a transaction.
         if any(text in message.sql for text in _DRIVERS) or (message.kind == "E" and self._action is Action.CUT_AFTER):
@@ -179,6 +179,3 @@ def tasks() -> set[str]:
     """Return the names of the tasks that there are, without the proxy's own and this one."""
     found = (task for task in asyncio.all_tasks() if task is not asyncio.current_task())
     return {task.get_name() for task in found if "Proxy" not in repr(task) and "_Link" not in repr(task)}
-
-
-Verb = "Callable[[Scene], Awaitable[Any]]"

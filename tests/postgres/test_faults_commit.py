@@ -46,10 +46,9 @@ async def stored(dsn: str, schema: str) -> tuple[int, int]:
     """Return how many events and deliveries there are."""
     connection = await asyncpg.connect(dsn)
     try:
-        row = await connection.fetchrow(
-            f"SELECT (SELECT count(*) FROM {schema}.event), (SELECT count(*) FROM {schema}.delivery)"
-        )
-        return tuple(row or ())
+        tables = ("event", "delivery")
+        events, deliveries = [await connection.fetchval(f"SELECT count(*) FROM {schema}.{table}") for table in tables]
+        return events, deliveries
     finally:
         await connection.close()
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from hookwright._errors import ConfigurationError
+from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
@@ -142,7 +142,9 @@ class PostgresStorage(Storage):
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
         try:
             await pool.open()
-            identity = await pool.run(partial(_schema.migrate, names=self._names), patience=PATIENCE)
+            migrate = partial(_schema.migrate, names=self._names)
+            # Processes of the version before work meanwhile: one of the two may have to give way (a deadlock).
+            identity = await pool.run(migrate, patience=PATIENCE, repeats=(StorageBusy,))
             if listener is not None:
                 await listener.open()
         except BaseException:

@@ -49,6 +49,8 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "XX002": (StorageCorrupt, "an index is damaged; REINDEX it, or restore a backup"),
 }
 
+_CLOSED = ("clos", "releas", "operation is in progress")
+
 
 def convert(error: BaseException) -> HookwrightError:
     """Return our error for a driver's; one of ours stays what it is."""
@@ -60,7 +62,8 @@ def convert(error: BaseException) -> HookwrightError:
         return StorageUnavailable(f"PostgreSQL cannot be reached: {type(error).__name__}: {error.strerror or error}")
     state = getattr(error, "sqlstate", None)
     if not isinstance(state, str):  # the driver's own: it has no answer from the server
-        closed = "clos" in str(error) or "releas" in str(error)
+        # A connection that ends while it is used may confuse the driver ("cannot switch to state").
+        closed = type(error).__name__ == "InternalClientError" or any(text in str(error) for text in _CLOSED)
         kind = StorageUnavailable if closed else StorageError
         return kind(f"the PostgreSQL driver reported an error ({type(error).__name__}: {_brief(error)})")
     kind, advice = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or (StorageError, "the database reported an error")

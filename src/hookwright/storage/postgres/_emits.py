@@ -209,9 +209,10 @@ async def store_all(
     async def store_again(database: Database) -> list[Any]:
         return await mark_own(database, group, await put(database, group, channel()))
 
+    repeats = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
     try:
         # Who may wait for somebody else's transaction does so beside the connections that deliver.
-        return await pool.run(store, first=hurried, single=not together, patience=patience, repeats=not hurried)
+        return await pool.run(store, first=hurried, single=not together, patience=patience, repeats=repeats)
     except CommitLost:
         pass
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.

@@ -107,7 +107,7 @@ class Pool:
             side = await self._create(self._size - FIRST_CONNECTIONS, SETTINGS)
             self._pools = side, await self._create(FIRST_CONNECTIONS, SETTINGS | _TUNED)
         except (ValueError, asyncpg.InterfaceError, asyncpg.ClientConfigurationError) as error:
-            raise ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}") from None
+            raise _unreadable(error) from None
 
     async def _create(self, size: int, settings: Mapping[str, str]) -> asyncpg.Pool[Any]:
         return await driver().create_pool(  # type: ignore[no-any-return]  # the driver is not imported before it is used
@@ -163,22 +163,21 @@ class Pool:
         single: bool = False,
         reads: bool = False,
         patience: float = 0.0,
-        repeats: bool = True,
+        repeats: tuple[type[StorageError], ...] = (StorageUnavailable, StorageBusy),
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good.
-        `single`: each statement may be a transaction of its own, which saves two turns of the loop. While the server
-        cannot be reached it is repeated for `patience` seconds, and, with `repeats`, when another transaction was in
-        the way.
+        `single`: each statement may be a transaction of its own, which saves two turns of the loop. What is met of
+        `repeats` (that the server cannot be reached, that another transaction was in the way) is tried again for
+        `patience` seconds.
 
         Raises StorageError; CommitLost when the connection broke in the commit.
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
         attempt = partial(self._attempt, operation, first, single and not self._pooler, reads)
-        passing = (StorageUnavailable, StorageBusy) if repeats else (StorageUnavailable,)
-        task = asyncio.get_running_loop().create_task(self._run(attempt, passing, patience))
+        task = asyncio.get_running_loop().create_task(self._run(attempt, repeats, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
         try:
@@ -224,7 +223,10 @@ class Pool:
         pool = self._pools[first]
         try:
             async with asyncio.timeout(TRANSACTION_LIMIT):
-                connection = await pool.acquire()
+                try:
+                    connection = await pool.acquire()
+                except ValueError as error:
+                    raise _unreadable(error) from None
                 pid = connection.get_server_pid()
                 self._busy.add(pid)
                 try:
@@ -281,6 +283,11 @@ class Pool:
             raise
         self.transactions += 1
         return answer
+
+
+def _unreadable(error: Exception) -> ConfigurationError:
+    # What it says may hold the password.
+    return ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}")
 
 
 def keep_alive(connection: Any) -> None:
