@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hookwright.storage.postgres._database import Database
     from hookwright.storage.postgres._pool import Pool
 
+T = TypeVar("T")
 _Waiting = tuple[Emitted, "asyncio.Future[Receipt]"]
 
 _MOST = 500
@@ -43,17 +45,24 @@ class Notifier:
         self._owed: asyncio.TimerHandle | None = None
         self._telling: asyncio.Task[None] | None = None
 
-    def channel(self) -> str | None:
-        """Return the channel if this transaction is to notify; else somebody is notified a little later."""
-        if self._channel is None:
-            return None
-        left = self._last + NOTIFY_INTERVAL - time.monotonic()
-        if left <= 0:
-            self._last = time.monotonic()
-            return self._channel
+    async def run(self, write: Callable[[str | None], Awaitable[T]]) -> T:
+        """Write something of which others are told: in its transaction, for which it is given the channel, or later.
+
+        Later is after its commit: whoever looked before would find nothing, and not look again for seconds.
+        """
+        now = time.monotonic()
+        if self._channel is None or now >= self._last + NOTIFY_INTERVAL:
+            self._last = now
+            return await write(self._channel)
+        answer = await write(None)
         if self._owed is None:
-            self._owed = asyncio.get_running_loop().call_later(left, self._tell)
-        return None
+            left = self._last + NOTIFY_INTERVAL - time.monotonic()
+            self._owed = asyncio.get_running_loop().call_later(max(0.0, left), self._tell)
+        return answer
+
+    def channel(self) -> str | None:
+        """Return the channel, for what is told of in any case."""
+        return self._channel
 
     def _tell(self) -> None:
         self._owed, self._last = None, time.monotonic()
@@ -108,12 +117,14 @@ class Emits:
         self, group: Sequence[tuple[Emitted, asyncio.Future[Receipt]]], *, alone: bool = False
     ) -> None:
         try:
-            answers = await store_all(
-                self._pool,
-                [emitted for emitted, _ in group],
-                self._notifier.channel,
-                first=not alone,
-                lock_limit=None if alone else _LOCK_LIMIT,
+            answers = await self._notifier.run(
+                partial(
+                    store_all,
+                    self._pool,
+                    [emitted for emitted, _ in group],
+                    first=not alone,
+                    lock_limit=None if alone else _LOCK_LIMIT,
+                )
             )
         except asyncio.CancelledError:
             for _, future in group:
@@ -148,7 +159,7 @@ def _answer(future: asyncio.Future[Receipt], answer: Receipt | HookwrightError) 
 async def store_all(
     pool: Pool,
     group: Sequence[Emitted],
-    channel: Callable[[], str | None],
+    channel: str | None,
     *,
     first: bool = False,
     lock_limit: int | None = None,
@@ -160,10 +171,10 @@ async def store_all(
     """
 
     async def store(database: Database) -> list[Any]:
-        return await enqueue(database, group, channel())
+        return await enqueue(database, group, channel)
 
     async def store_again(database: Database) -> list[Any]:
-        return await mark_own(database, group, await enqueue(database, group, channel()))
+        return await mark_own(database, group, await enqueue(database, group, channel))
 
     try:
         return await pool.run(store, first=first, patience=PATIENCE, lock_limit=lock_limit)
