@@ -56,7 +56,7 @@ async def _a_lease(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     await process.emit(endpoint)
     await process.settle(await process.claim_one())
     await process.emit_many(2, endpoint)
-    await process.claim_one()
+    await process.claim_one(limit=1)
     await process.endpoint(state=EndpointState.PAUSED)
     connection = await asyncpg.connect(dsn, server_settings={"search_path": SCHEMA})
     yield connection
