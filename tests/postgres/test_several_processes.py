@@ -178,6 +178,7 @@ async def test_a_claim_passes_by_lanes_that_somebody_else_has_locked(several: Se
     locked, free = [await process.endpoint() for _ in range(2)]
     await process.emit(locked)
     await process.emit(free)
+    await process.written()  # both are due, and not only woken
     async with several.holding("SELECT 1 FROM {}.lane WHERE endpoint_id = $1 FOR UPDATE", locked):
         assert [lease.endpoint_id for lease in await _claims_at_once(process)] == [free]
         # It comes again in a moment: nobody tells when the lock is gone.
