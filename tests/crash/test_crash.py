@@ -20,7 +20,7 @@ from tests.crash.campaign import (
     poison,
 )
 from tests.crash.child import CONCURRENCY, NEIGHBOURS, Command
-from tests.crash.databases import SQLiteDatabase
+from tests.crash.databases import PostgresDatabases, SQLiteDatabase
 from tests.crash.forkserver import forking
 from tests.crash.oracle import Oracle
 from tests.crash.picture import Picture, Row
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tests.crash.campaign import Campaign
 
 POINT_SLICES = 8
+POSTGRES_SLICES = 90
 RANDOM_KILLS = 15
 # A second is what the long form asks for, on a quiet machine. Here: nobody waits for the end of a lease, 60 s away.
 RESUMES_WITHIN = 20.0
@@ -42,6 +43,13 @@ RESUMES_WITHIN = 20.0
 @pytest.fixture
 def crash(tmp_path: Path) -> Iterator[Harness]:
     with harness(tmp_path, seed=1, resumes_within=RESUMES_WITHIN) as running:
+        yield running
+
+
+@pytest.fixture
+def crash_on_postgres(tmp_path: Path, postgres_dsn: str) -> Iterator[Harness]:
+    databases = PostgresDatabases(postgres_dsn)
+    with harness(tmp_path, seed=1, databases=databases, resumes_within=RESUMES_WITHIN) as running:
         yield running
 
 
@@ -69,6 +77,40 @@ def test_a_kill_before_or_after_any_statement_or_send_breaks_no_promise(crash: H
     # Two connections have two threads: a life may pass a few points fewer than the one that was counted.
     assert crash.figures.points_missed <= 5
     assert crash.figures.point_kills + crash.figures.points_missed == len(points)
+
+
+def test_kills_at_random_moments_break_no_promise_on_postgresql(crash_on_postgres: Harness) -> None:
+    kill_at_random(crash_on_postgres, RANDOM_KILLS // 2, random.Random(1))
+    assert crash_on_postgres.figures.broken == []
+    assert crash_on_postgres.figures.acknowledged > 0
+    assert crash_on_postgres.figures.resumed
+
+
+@pytest.mark.parametrize("first", [5, 50])  # of POSTGRES_SLICES
+def test_a_kill_before_or_after_a_statement_breaks_no_promise_on_postgresql(
+    crash_on_postgres: Harness, first: int
+) -> None:
+    counted = len(count_points(crash_on_postgres))
+    assert counted > 200
+    points = every_point(counted)[first::POSTGRES_SLICES]
+    for point in points:
+        kill_at(crash_on_postgres, point)
+    figures = crash_on_postgres.figures
+    assert figures.broken == []
+    # Reads and notifications come as time passes: a life may end before a late point.
+    assert figures.point_kills > len(points) // 2
+    assert figures.point_kills + figures.points_missed == len(points)
+
+
+def test_neighbours_of_an_event_that_kills_whoever_sends_it_are_delivered_on_postgresql(
+    crash_on_postgres: Harness,
+) -> None:
+    assert _poisoned(crash_on_postgres, attempts=2, seconds=0.1) == ["succeeded"] * NEIGHBOURS
+
+
+def test_what_is_lost_is_noticed_on_postgresql(crash_on_postgres: Harness, tmp_path: Path) -> None:
+    _tampered(crash_on_postgres, tmp_path, _forget_an_event)
+    assert crash_on_postgres.figures.count("lost") > 0
 
 
 def _poisoned(crash: Harness, *, attempts: int, **how: float) -> list[str]:
@@ -136,14 +178,18 @@ def _repeat_a_request(campaign: Campaign, log: Path) -> None:
 def test_what_is_lost_or_repeated_is_noticed(
     crash: Harness, tmp_path: Path, tamper: Callable[[Campaign, Path], None], promise: str
 ) -> None:
+    _tampered(crash, tmp_path, tamper)
+    assert crash.figures.count(promise) > 0
+
+
+def _tampered(crash: Harness, tmp_path: Path, tamper: Callable[[Campaign, Path], None]) -> None:
     with crash.campaign() as campaign:
         campaign.live("prepare")
-        while not campaign.oracle.acknowledged:
+        while not campaign.oracle.acknowledged or not campaign.oracle.requests:
             campaign.live("load", kill_after=0.4)
         assert campaign.oracle.broken == []
         tamper(campaign, tmp_path / "requests.log")
         drain(crash, campaign)
-    assert crash.figures.count(promise) > 0
 
 
 def test_a_process_that_cannot_start_is_noticed(crash: Harness) -> None:

@@ -141,7 +141,7 @@ async def _most_at_once(several: Several, *, shared: bool) -> int:
     endpoint = await _proven(one, 3)
     await one.emit_many(200, endpoint)
     most = 0
-    for _ in range(30):
+    for _ in range(20):
         leases = await asyncio.gather(one.claimed(), two.claimed())
         more = await asyncio.gather(
             *(
@@ -178,6 +178,7 @@ async def test_a_claim_passes_by_lanes_that_somebody_else_has_locked(several: Se
     locked, free = [await process.endpoint() for _ in range(2)]
     await process.emit(locked)
     await process.emit(free)
+    await process.written()  # both are due, and not only woken
     async with several.holding("SELECT 1 FROM {}.lane WHERE endpoint_id = $1 FOR UPDATE", locked):
         assert [lease.endpoint_id for lease in await _claims_at_once(process)] == [free]
         # It comes again in a moment: nobody tells when the lock is gone.
@@ -260,19 +261,19 @@ async def test_two_that_deliver_serve_all_endpoints_whatever_waits_for_one(sever
     one = await several.process()
     endpoints = [await one.endpoint() for _ in range(10)]
     for endpoint in endpoints:
-        await one.prove(endpoint, 4)
-    await one.emit_many(400, endpoints[0])
+        await one.prove(endpoint)
+    await one.emit_many(200, endpoints[0])
     for endpoint in endpoints[1:]:
         await one.emit_many(3, endpoint)
     two = await several.process()
     served: list[str] = []
-    for process in (one, two) * 15:
+    for process in (one, two) * 10:
         leases = await process.claimed(limit=8)
         served += [lease.endpoint_id for lease in leases]
         await process.storage.settle([process.outcome(lease) for lease in leases])
     assert set(served[:50]) == set(endpoints)
     assert [served.count(endpoint) for endpoint in endpoints[1:]] == [3] * 9
-    assert served.count(endpoints[0]) > 100
+    assert served.count(endpoints[0]) > 60
 
 
 # -- endpoints that change elsewhere ------------------------------------------------------------------------------
@@ -312,8 +313,8 @@ async def test_what_is_committed_when_its_endpoint_was_stopped_and_swept_ends_un
     several: Several, stop: Callable[[Dispatcher, str], Awaitable[None]], state: str
 ) -> None:
     there = FakeTransport()
-    one = await several.dispatcher(FakeTransport(), deliver=False)
-    await several.dispatcher(there)
+    one = await several.dispatcher(FakeTransport(), deliver=False, poll_only=True)
+    await several.dispatcher(there, poll_only=True)
     endpoint = await one.endpoints.create(URL, events=["*"])
     connection = await several.connection()
     async with connection.transaction():

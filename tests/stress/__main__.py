@@ -41,12 +41,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kill-every", type=float, default=20.0, help="seconds; 0: kill nobody")
     parser.add_argument("--deliveries", type=int, help="count these, without faults")
+    parser.add_argument("--kills", type=int, default=0, help="with --deliveries: kill so many processes on the way")
     parser.add_argument("--storage", metavar="DSN", help="a database for this alone: its schema hookwright is dropped")
     given = parser.parse_args()
     with ExitStack() as stack:
         dsn = given.storage or stack.enter_context(own_server()).dsn
         if given.deliveries:
-            counted = asyncio.run(Deliveries(dsn, given.deliveries, given.processes, say).run())
+            counted = asyncio.run(Deliveries(dsn, given.deliveries, given.processes, say, kills=given.kills).run())
             return finish(told(counted), counted.broken)
         options = Options(dsn, given.processes, given.minutes * 60, given.seed, given.kill_every)
         figures = asyncio.run(Stress(options, say).run())

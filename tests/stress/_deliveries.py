@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,9 @@ FAN_OUT = 2
 EMITTERS = 64
 """Emits that one process has under way at once."""
 
+SILENT_MOST = 60.0
+"""Seconds without a result after which no more are waited for."""
+
 ENDS_WITHIN = 900.0
 """Seconds for all of it."""
 
@@ -42,6 +46,7 @@ class Counted:
     requests: int = 0
     repeated: int = 0
     missing: int = 0
+    kills: int = 0
     states: list[Any] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
@@ -50,7 +55,8 @@ def told(counted: Counted) -> str:
     """Return the figures as a line."""
     return (
         f"{counted.requests:,} requests in {counted.seconds:.1f} s, {counted.requests / counted.seconds:,.0f}/s;"
-        f" {counted.repeated} repeated, {counted.missing} missing; delivered by each process: {counted.shares};"
+        f" {counted.kills} processes killed, {counted.repeated} repeated, {counted.missing} missing;"
+        f" delivered by each process: {counted.shares};"
         f" in the database: {counted.states}"
     )
 
@@ -110,15 +116,28 @@ class Deliveries:
     """Starts them, counts what arrives, and ends them."""
 
     def __init__(
-        self, dsn: str, deliveries: int, processes: int, say: Callable[[str], object], *, schema: str = "hookwright"
+        self,
+        dsn: str,
+        deliveries: int,
+        processes: int,
+        say: Callable[[str], object],
+        *,
+        kills: int = 0,
+        schema: str = "hookwright",
     ) -> None:
         self._dsn = dsn
         self._schema = schema
         self._events = deliveries // FAN_OUT // processes
         self._processes = processes
+        self._kills = kills
+        self._killed = 0
         self._say = say
         self._arrived: Counter[tuple[str, str]] = Counter()
         self._counts = [0] * processes
+
+    @property
+    def _wanted(self) -> int:
+        return self._events * self._processes * FAN_OUT
 
     async def run(self) -> Counted:
         """Return the figures when all has arrived and all have ended."""
@@ -144,24 +163,13 @@ class Deliveries:
                 await dispatcher.endpoints.create(f"{url}{number}/ok", events=events)
 
     async def _let_them(self, receiver: Receiver) -> float:
-        pipe = asyncio.subprocess.PIPE
-        processes = [
-            await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.stress._deliveries", self._dsn, self._schema),
-                *(str(number), str(self._events)),
-                stdin=pipe,
-                stdout=pipe,
-                cwd=ROOT,
-            )
-            for number in range(self._processes)
-        ]
+        processes = [await self._start(number) for number in range(self._processes)]
         try:
             for process in processes:
-                assert process.stdout is not None
-                await process.stdout.readline()
+                await _ready(process)
             begun = time.monotonic()
             hearing = [asyncio.create_task(self._hear(n, process)) for n, process in enumerate(processes)]
-            await self._wait(receiver, hearing)
+            await self._wait(receiver, processes, hearing)
             seconds = time.monotonic() - begun
             for process in processes:
                 assert process.stdin is not None
@@ -173,29 +181,56 @@ class Deliveries:
                     process.kill()
         return seconds
 
+    async def _start(self, number: int) -> asyncio.subprocess.Process:
+        command = ("-m", "tests.stress._deliveries", self._dsn, self._schema, str(number), str(self._events))
+        pipe = asyncio.subprocess.PIPE
+        return await asyncio.create_subprocess_exec(sys.executable, *command, stdin=pipe, stdout=pipe, cwd=ROOT)
+
     async def _hear(self, number: int, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"begin\n")
+        before = self._counts[number]
         async for line in process.stdout:
-            self._counts[number] = json.loads(line)
-        if await process.wait():
+            if line.endswith(b"\n"):  # else it was killed meanwhile
+                self._counts[number] = before + json.loads(line)
+        if await process.wait() not in (0, -signal.SIGKILL):
             raise RuntimeError(f"process {number} ended with {process.returncode}")
 
-    async def _wait(self, receiver: Receiver, hearing: list[asyncio.Task[None]]) -> None:
-        """Until every result is told, or nothing has come for long."""
-        wanted = self._events * self._processes * FAN_OUT
-        last, since, told = 0, time.monotonic(), time.monotonic()
-        while sum(self._counts) < wanted and not any(task.done() for task in hearing):
-            await asyncio.wait(hearing, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+    async def _wait(
+        self, receiver: Receiver, processes: list[asyncio.subprocess.Process], hearing: list[asyncio.Task[None]]
+    ) -> None:
+        """Until all is stored that will be, or nothing has come for long. Kill some, and let others begin anew."""
+        last, since, told = -1, time.monotonic(), time.monotonic()
+        while (stored := await self._stored()) < self._wanted and not any(task.done() for task in hearing):
+            await asyncio.wait(hearing, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
             self._count(receiver)
-            if sum(self._counts) > last:
-                last, since = sum(self._counts), time.monotonic()
-            if time.monotonic() - since > 60:
+            if stored > last:
+                last, since = stored, time.monotonic()
+            if time.monotonic() - since > SILENT_MOST:
                 return
             if time.monotonic() - told > 5:
                 told = time.monotonic()
-                self._say(f"{self._arrived.total():,}/{wanted:,} requests, {sum(self._counts):,} stored")
+                self._say(f"{self._arrived.total():,}/{self._wanted:,} requests, {stored:,} stored")
+            if self._killed < self._kills and stored >= self._wanted * (self._killed + 1) / (self._kills + 1):
+                number = self._killed % self._processes
+                self._killed += 1
+                processes[number].kill()
+                await hearing[number]
+                # It emits everything again under the same ids.
+                processes[number] = await self._start(number)
+                await _ready(processes[number])
+                hearing[number] = asyncio.create_task(self._hear(number, processes[number]))
+
+    async def _stored(self) -> int:
+        """Return how many results are known: told by those that live, or, when some were killed, in the tables."""
+        if not self._kills:
+            return sum(self._counts)
+        connection = await asyncpg.connect(self._dsn)
+        ended = f'SELECT count(*) FROM "{self._schema}".delivery WHERE available_at IS NULL'
+        found = await connection.fetchval(ended)
+        await connection.close()
+        return int(found)
 
     def _count(self, receiver: Receiver) -> None:
         self._arrived.update((request.path, request.event_id) for request in receiver.read())
@@ -207,24 +242,33 @@ class Deliveries:
             for n in range(self._events)
             for endpoint in range(n % (ENDPOINTS // FAN_OUT), ENDPOINTS, ENDPOINTS // FAN_OUT)
         }
-        counted.shares = self._counts
+        counted.shares, counted.kills = self._counts, self._killed
         counted.requests = self._arrived.total()
         counted.repeated = counted.requests - len(self._arrived)
         counted.missing = len(wanted - self._arrived.keys())
         connection = await asyncpg.connect(self._dsn)
         rows = await connection.fetch(
-            f'SELECT state, attempt_count, count(*) FROM "{self._schema}".delivery GROUP BY state, attempt_count'
+            f'SELECT state, attempt_count, count(*) FROM "{self._schema}".delivery GROUP BY 1, 2 ORDER BY 1, 2'
         )
         await connection.close()
         counted.states = [tuple(row) for row in rows]
-        if counted.repeated:
-            counted.broken.append(f"{counted.repeated} deliveries were sent twice: {self._arrived.most_common(3)}")
         if counted.missing or self._arrived.keys() - wanted:
             counted.broken.append(f"{counted.missing} deliveries never arrived")
-        if counted.states != [("succeeded", 1, len(wanted))]:
+        if {row[0] for row in rows} != {"succeeded"} or sum(row[2] for row in rows) != len(wanted):
             counted.broken.append(f"in the database: {counted.states}")
-        if sum(counted.shares) != len(wanted) or min(counted.shares) < len(wanted) / self._processes / 4:
+        if counted.requests > sum(row[1] * row[2] for row in rows):
+            counted.broken.append("there were more requests than attempts")
+        if min(counted.shares) < len(wanted) / self._processes / 4:
             counted.broken.append(f"the work was not shared: {counted.shares}")
+        if not self._kills and counted.states != [("succeeded", 1, len(wanted))]:
+            counted.broken.append(f"not at the first attempt: {counted.states}")
+        if not self._kills and (counted.repeated or sum(counted.shares) != len(wanted)):
+            counted.broken.append(f"{counted.repeated} were sent twice: {self._arrived.most_common(3)}")
+
+
+async def _ready(process: asyncio.subprocess.Process) -> None:
+    assert process.stdout is not None
+    await process.stdout.readline()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from hookwright._errors import ConfigurationError, StorageBusy
@@ -21,7 +21,6 @@ from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, 
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
-    from typing import TypeVar
 
     from hookwright._clock import Clock
     from hookwright._health import HealthPolicy
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from hookwright.storage._base import Backlog, Changes, ClaimRequest, DeliveryFilter
     from hookwright.storage.postgres._database import Database
 
-    T = TypeVar("T")
+T = TypeVar("T")
 
 __all__ = ["PostgresStorage"]
 
@@ -271,11 +270,12 @@ class PostgresStorage(Storage):
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
-        await self._write(partial(_release.release, leases=leases, sent=sent, hold=hold), first=True, patience=0.0)
+        release = partial(_release.release, leases=leases, sent=sent, hold=hold)
+        await self._write(release, first=True, patience=0.0, tell=True)
 
     async def requeue(self, delivery_ids: Sequence[str], states: Collection[DeliveryState]) -> int:
         """See `Storage.requeue`."""
-        return await self._write(partial(_requeue.requeue, delivery_ids=delivery_ids, states=states))
+        return await self._write(partial(_requeue.requeue, delivery_ids=delivery_ids, states=states), tell=True)
 
     async def cancel(self, delivery_ids: Sequence[str]) -> list[str]:
         """See `Storage.cancel`."""
@@ -318,15 +318,16 @@ class PostgresStorage(Storage):
 
     async def update_endpoint(self, endpoint: EndpointRow) -> EndpointRow:
         """See `Storage.update_endpoint`."""
-        return await self._write(partial(_endpoints.update, endpoint=endpoint))
+        return await self._write(partial(_endpoints.update, endpoint=endpoint), tell=True)
 
     async def set_endpoint_state(self, endpoint_id: str, state: EndpointState, *, reason: str | None) -> EndpointRow:
         """See `Storage.set_endpoint_state`."""
-        return await self._write(partial(_endpoints.change_state, endpoint_id=endpoint_id, state=state, reason=reason))
+        change = partial(_endpoints.change_state, endpoint_id=endpoint_id, state=state, reason=reason)
+        return await self._write(change, tell=True)
 
     async def delete_endpoint(self, endpoint_id: str) -> None:
         """See `Storage.delete_endpoint`."""
-        await self._write(partial(_endpoints.delete, endpoint_id=endpoint_id))
+        await self._write(partial(_endpoints.delete, endpoint_id=endpoint_id), tell=True)
 
     async def scrub_endpoints(self) -> None:
         """See `Storage.scrub_endpoints`. The server's log and backups keep what they have."""
@@ -416,9 +417,20 @@ class PostgresStorage(Storage):
         return await self._opened().pool.run(operation, first=first, reads=True, patience=patience)
 
     async def _write(
-        self, operation: Callable[[Database], Awaitable[T]], *, first: bool = False, patience: float = PATIENCE
+        self,
+        operation: Callable[[Database], Awaitable[T]],
+        *,
+        first: bool = False,
+        patience: float = PATIENCE,
+        tell: bool = False,
     ) -> T:
-        return await self._wrote(self._opened().pool.run(operation, first=first, patience=patience))
+        opened = self._opened()
+
+        async def write(channel: str | None) -> T:
+            writing = operation if channel is None else partial(_telling, operation, channel)
+            return await opened.pool.run(writing, first=first, patience=patience)
+
+        return await self._wrote(opened.notifier.run(write) if tell else write(None))
 
     async def _wrote(self, writing: Awaitable[T]) -> T:
         """Await a write that a claim asked for later has to see."""
@@ -431,6 +443,12 @@ class PostgresStorage(Storage):
         self._writing.discard(task)
         if not task.cancelled():
             task.exception()  # its caller may be gone
+
+
+async def _telling(operation: Callable[[Database], Awaitable[T]], channel: str, database: Database) -> T:
+    answer = await operation(database)
+    await database.fetch("SELECT pg_notify($1, '')", channel)
+    return answer
 
 
 class _Open(NamedTuple):

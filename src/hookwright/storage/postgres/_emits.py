@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     _Group = Sequence[tuple[Emitted, asyncio.Future[Receipt]]]
 
+T = TypeVar("T")
+
 _OF_ALL = (StorageUnavailable, StorageClosed, CommitUnknown)
 
 _MOST = 500
@@ -53,17 +55,24 @@ class Notifier:
         self._owed: asyncio.TimerHandle | None = None
         self._telling: asyncio.Task[None] | None = None
 
-    def channel(self) -> str | None:
-        """Return the channel if this transaction is to notify; else somebody is notified a little later."""
-        if self._channel is None:
-            return None
-        left = self._last + NOTIFY_INTERVAL - time.monotonic()
-        if left <= 0:
-            self._last = time.monotonic()
-            return self._channel
+    async def run(self, write: Callable[[str | None], Awaitable[T]]) -> T:
+        """Write something of which others are told: in its transaction, for which it is given the channel, or later.
+
+        Later is after its commit: whoever looked before would find nothing, and not look again for seconds.
+        """
+        now = time.monotonic()
+        if self._channel is None or now >= self._last + NOTIFY_INTERVAL:
+            self._last = now
+            return await write(self._channel)
+        answer = await write(None)
         if self._owed is None:
-            self._owed = asyncio.get_running_loop().call_later(left, self._tell)
-        return None
+            left = self._last + NOTIFY_INTERVAL - time.monotonic()
+            self._owed = asyncio.get_running_loop().call_later(max(0.0, left), self._tell)
+        return answer
+
+    def channel(self) -> str | None:
+        """Return the channel, for what is told of in any case."""
+        return self._channel
 
     def _tell(self) -> None:
         self._owed, self._last = None, time.monotonic()
@@ -71,7 +80,10 @@ class Notifier:
 
     async def _notify(self) -> None:
         with contextlib.suppress(StorageError):  # a hint that is missed is made up for by looking
-            await self._pool.run(lambda database: database.fetch("SELECT pg_notify($1, '')", self._channel), first=True)
+            await self._pool.run(self._hint, first=True, single=True)
+
+    async def _hint(self, database: Database) -> None:
+        await database.fetch("SELECT pg_notify($1, '')", self._channel)
 
     def close(self) -> None:
         """Notify no more."""
@@ -100,12 +112,12 @@ class Emits:
 
     async def store_together(self, waiting: Sequence[Emitted]) -> list[Receipt]:
         """See `Storage.enqueue_many`."""
-        store = partial(store_all, self._pool, waiting, self._notifier.channel, PATIENCE, together=True)
+        store = partial(store_all, self._pool, waiting, together=True)
         try:
-            return await store(hurried=True)
+            return await self._notifier.run(partial(store, hurried=True))
         except StorageBusy:
             async with self._patient:
-                return await store()
+                return await self._notifier.run(store)
 
     async def close(self) -> None:
         """Wait until what was asked for is answered; the pool, when it is closed, sees to that."""
@@ -126,7 +138,7 @@ class Emits:
     async def _store_group(self, group: _Group, *, hurried: bool = True) -> None:
         emitted = [one for one, _ in group]
         try:
-            answers = await store_all(self._pool, emitted, self._notifier.channel, PATIENCE, hurried=hurried)
+            answers = await self._notifier.run(partial(store_all, self._pool, emitted, hurried=hurried))
         except asyncio.CancelledError:
             for _, future in group:
                 _answer(future, StorageClosed("the storage's task was cancelled: it may or may not have been written"))
@@ -189,8 +201,7 @@ def _answer(future: asyncio.Future[Receipt], answer: Receipt | HookwrightError) 
 async def store_all(
     pool: Pool,
     group: Sequence[Emitted],
-    channel: Callable[[], str | None],
-    patience: float,
+    channel: str | None,
     *,
     hurried: bool = False,
     together: bool = False,
@@ -198,21 +209,21 @@ async def store_all(
     """Store events in one transaction, or each by itself unless `together`.
 
     When a commit's answer is lost, ask by their ids, by storing them again. Raises CommitUnknown when nobody could be
-    asked for `patience` seconds, or StorageError: then nothing was stored.
+    asked for 10 s, or StorageError: then nothing was stored.
     """
 
     put: Callable[..., Awaitable[list[Any]]] = enqueue_all if together else enqueue
 
     async def store(database: Database) -> list[Any]:
-        return await put(database, group, channel(), hurried=hurried)
+        return await put(database, group, channel, hurried=hurried)
 
     async def store_again(database: Database) -> list[Any]:
-        return await mark_own(database, group, await put(database, group, channel()))
+        return await mark_own(database, group, await put(database, group, channel))
 
     repeats = (StorageUnavailable,) if hurried else (StorageUnavailable, StorageBusy)
     try:
         # Who may wait for somebody else's transaction does so beside the connections that deliver.
-        return await pool.run(store, first=hurried, single=not together, patience=patience, repeats=repeats)
+        return await pool.run(store, first=hurried, single=not together, patience=PATIENCE, repeats=repeats)
     except CommitLost:
         pass
     # The same ids: what is there is not stored twice, and a commit that is still under way is waited for.
@@ -220,7 +231,7 @@ async def store_all(
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type((StorageUnavailable, StorageBusy)),  # the lost one may still hold locks
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(patience),
+            stop=stop_after_delay(PATIENCE),
             reraise=True,
         ):
             with attempt:
