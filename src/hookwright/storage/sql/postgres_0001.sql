@@ -503,7 +503,6 @@ CREATE FUNCTION hookwright.settle_1(
 #variable_conflict use_column
 DECLARE
     v_now bigint;
-    v_held integer[];
 BEGIN
     SELECT array_agg(l.endpoint_id), array_agg(l.failures), array_agg(l.sweep IS NOT NULL)
     INTO lanes, failures, stopped FROM (
@@ -511,34 +510,29 @@ BEGIN
         WHERE l.endpoint_id = ANY(p_endpoints) ORDER BY l.endpoint_id FOR UPDATE
     ) AS l;
     v_now := hookwright.clock();
-    -- After the lock: a lease that was read before it may be another one by now.
-    SELECT array_agg(told.place::integer) INTO v_held
-    FROM unnest(p_ids, p_endpoints, p_tokens) WITH ORDINALITY AS told (id, endpoint_id, token, place)
-    JOIN hookwright.lease AS h
-        ON h.endpoint_id = told.endpoint_id AND h.delivery_id = told.id AND h.token = told.token;
-    now := v_now;
-    held := v_held;
-    IF v_held IS NULL THEN
-        RETURN;
-    END IF;
-    WITH told AS MATERIALIZED (
-        SELECT p_ids[place] AS id, p_endpoints[place] AS endpoint_id, p_status[place] AS status, place
-        FROM unnest(v_held) AS place
-    ), given_up AS (
-        DELETE FROM hookwright.lease AS h USING told WHERE h.endpoint_id = told.endpoint_id AND h.delivery_id = told.id
-        RETURNING h.delivery_id, h.attempt_count + 1 AS number, told.place
+    -- In a statement after the lock: a lease that was read before it may be another one by now.
+    WITH given_up AS (
+        DELETE FROM hookwright.lease AS h
+        USING unnest(p_ids, p_endpoints, p_tokens, p_started, p_duration, p_status, p_headers, p_body, p_truncated,
+            p_sha256) WITH ORDINALITY AS told (id, endpoint_id, token, started_at, duration, status, response_headers,
+            response_body, response_truncated, body_sha256, place)
+        WHERE h.endpoint_id = told.endpoint_id AND h.delivery_id = told.id AND h.token = told.token
+        RETURNING told.*, h.attempt_count + 1 AS number
     ), ended AS (
         UPDATE hookwright.delivery AS d SET state = 'succeeded', available_at = NULL, finished_at = v_now,
-            attempt_count = d.attempt_count + 1, last_status = told.status, last_error = NULL
-        FROM told WHERE d.id = told.id
+            attempt_count = g.number, last_status = g.status, last_error = NULL
+        FROM given_up AS g WHERE d.id = g.id
     ), tried AS (
         INSERT INTO hookwright.attempt (delivery_id, number, started_at, duration, status, response_headers,
             response_body, response_truncated, body_sha256)
-        SELECT g.delivery_id, g.number, p_started[g.place], p_duration[g.place], p_status[g.place], p_headers[g.place],
-            p_body[g.place], p_truncated[g.place], p_sha256[g.place] FROM given_up AS g
+        SELECT g.id, g.number, g.started_at, g.duration, g.status, g.response_headers, g.response_body,
+            g.response_truncated, g.body_sha256 FROM given_up AS g
+    ), counted AS (
+        UPDATE hookwright.lane AS l SET failures = 0, failing_since = NULL, throttles = 0, last_success = true,
+            last_at = v_now, earned = least(1024, greatest(1, l.earned) * (1 << least(10, c.successes)::integer))
+        FROM (SELECT g.endpoint_id, count(*) AS successes FROM given_up AS g GROUP BY g.endpoint_id) AS c
+        WHERE l.endpoint_id = c.endpoint_id
     )
-    UPDATE hookwright.lane AS l SET failures = 0, failing_since = NULL, throttles = 0, last_success = true,
-        last_at = v_now, earned = least(1024, greatest(1, l.earned) * (1 << least(10, counted.successes)::integer))
-    FROM (SELECT told.endpoint_id, count(*) AS successes FROM told GROUP BY told.endpoint_id) AS counted
-    WHERE l.endpoint_id = counted.endpoint_id;
+    SELECT array_agg(g.place::integer) INTO held FROM given_up AS g;
+    now := v_now;
 END $settle$;
