@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hookwright._errors import StaleEndpoints, ValidationFailed
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
-from hookwright.storage.postgres._enqueue import enqueue_all, enqueue_unless_isolated
+from hookwright.storage.postgres._enqueue import READ_COMMITTED, enqueue_all, enqueue_one
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -66,17 +66,23 @@ class Callers:
             raise
 
     async def _enqueue(self, database: Database, waiting: Sequence[Emitted]) -> list[Receipt]:
-        receipts = await enqueue_unless_isolated(database, waiting, self._channel)
-        if receipts is not None:
-            return receipts
+        if len(waiting) == 1:
+            receipt = await enqueue_one(database, waiting[0], self._channel)
+            if receipt is not None:
+                return [receipt]
+        elif await database.value(f"SELECT {READ_COMMITTED}"):
+            return await enqueue_all(database, waiting, self._channel)
         # His snapshot may be older than this emit, and show an old counter: an endpoint that was created in between
         # is seen from beside it only.
         revision = await self._revision()
         if any(emitted.endpoints_revision != revision for emitted in waiting):
             raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
-        return await enqueue_all(
-            database, [emitted._replace(endpoints_revision=None) for emitted in waiting], self._channel
-        )
+        latest = [emitted._replace(endpoints_revision=None) for emitted in waiting]
+        if len(latest) == 1:
+            receipt = await enqueue_one(database, latest[0], self._channel, checked=True)
+            assert receipt is not None
+            return [receipt]
+        return await enqueue_all(database, latest, self._channel)
 
     async def _admit(self, connection: CallersConnection) -> None:
         """Refuse a connection to anything but our database, before a statement fails and ends his transaction."""

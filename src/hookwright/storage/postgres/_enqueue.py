@@ -31,10 +31,10 @@ class Emitted(NamedTuple):
 # is already there is left out, and looked at afterwards.
 READ_COMMITTED = "current_setting('transaction_isolation') = 'read committed'"
 
-ENQUEUE = f"""
+ENQUEUE = """
 WITH current AS MATERIALIZED (
     SELECT value AS revision, hookwright.clock() AS now,
-        set_config('lock_timeout', coalesce($19::text, current_setting('lock_timeout')), true)
+        set_config('lock_timeout', coalesce($18::text, current_setting('lock_timeout')), true)
     FROM hookwright.meta WHERE key = 'endpoints_revision'
 ), new AS (
     INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, idempotency_key, digest,
@@ -43,7 +43,7 @@ WITH current AS MATERIALIZED (
     FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::bigint[], $7::text[], $8::bytea[],
         $9::int[], $10::text[], $11::bigint[])
         AS e(id, type, tenant, data, attributes, occurred_at, key, digest, count, trace, revision), current
-    WHERE coalesce(e.revision, current.revision) = current.revision AND ($18::bool OR {READ_COMMITTED})
+    WHERE coalesce(e.revision, current.revision) = current.revision
     ORDER BY e.key, e.id
     ON CONFLICT DO NOTHING
     RETURNING id
@@ -63,7 +63,7 @@ WITH current AS MATERIALIZED (
 )
 SELECT current.revision, (SELECT array_agg(id) FROM new),
     CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped)
-        THEN pg_notify($17, '') IS NULL END, {READ_COMMITTED}
+        THEN pg_notify($17, '') IS NULL END
 FROM current
 """
 
@@ -90,7 +90,7 @@ async def enqueue(
         before = await enqueue(database, waiting[:again], channel, hurried=hurried)
         return before + await enqueue(database, waiting[again:], channel, hurried=hurried)
     limit = HURRIED if hurried else None
-    revision, stored, _, _ = await database.first(ENQUEUE, *arguments(waiting, channel), True, limit)
+    revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel), limit)
     return await _answers(database, waiting, revision, set(stored or ()))
 
 
@@ -120,16 +120,26 @@ async def enqueue_all(
     return _all(await enqueue(database, waiting, channel, hurried=hurried))
 
 
-async def enqueue_unless_isolated(
-    database: Database, waiting: Sequence[Emitted], channel: str | None
-) -> list[Receipt] | None:
-    """Do what `enqueue_all` does, but write nothing where the transaction's snapshot may be old; None: so it is."""
-    if len({emitted.event.id for emitted in waiting}) < len(waiting):
-        if not await database.value(f"SELECT {READ_COMMITTED}"):
-            return None
-        return await enqueue_all(database, waiting, channel)
-    revision, stored, _, read_committed = await database.first(ENQUEUE, *arguments(waiting, channel), False, None)
-    return _all(await _answers(database, waiting, revision, set(stored or ()))) if read_committed else None
+_EMIT = """
+SELECT * FROM hookwright.emit_1($1::text, $2::text, $3::text, $4::bytea, $5::text, $6::bigint, $7::text, $8::bytea,
+    $9::int, $10::text, $11::bigint, $12::text[], $13::text[], $14::bigint[], $15::bool[], $16::text, $17::bool)
+"""
+
+
+async def enqueue_one(
+    database: Database, emitted: Emitted, channel: str | None, *, checked: bool = False
+) -> Receipt | None:
+    """Store one event in somebody else's transaction, as `Storage.enqueue` does.
+
+    None, and nothing is written: its snapshot may be older than the emit, so that the endpoint counter must be looked
+    at from beside it, unless that is `checked`.
+    """
+    rows = [(row.id, row.endpoint_id, row.available_at, row.skipped) for row in emitted.deliveries]
+    row = await database.first(_EMIT, *_event(emitted), *_columns(rows, 4), channel, checked)
+    revision, stored, read_committed = row
+    if not (stored or checked or read_committed):
+        return None
+    return _all(await _answers(database, [emitted], revision, {emitted.event.id} if stored else set()))[0]
 
 
 def _all(answers: Sequence[Receipt | HookwrightError]) -> list[Receipt]:
@@ -187,29 +197,30 @@ def _refused(emitted: Emitted, found: dict[str, Any], revision: int) -> Receipt 
 
 def arguments(waiting: Sequence[Emitted], channel: str | None) -> tuple[Any, ...]:
     """Return what ENQUEUE takes: the columns of the events, those of their rows, and whom to tell."""
-    events = [
-        (
-            event.id,
-            event.type,
-            event.tenant,
-            event.data,
-            event.attributes,
-            event.occurred_at,
-            event.idempotency_key,
-            event.digest,
-            _count(emitted),
-            event.trace_context,
-            emitted.endpoints_revision,
-        )
-        for emitted in waiting
-        for event in (emitted.event,)
-    ]
+    events = [_event(emitted) for emitted in waiting]
     rows = [
         (row.id, emitted.event.id, row.endpoint_id, row.available_at, row.skipped)
         for emitted in waiting
         for row in emitted.deliveries
     ]
     return (*_columns(events, 11), *_columns(rows, 5), channel)
+
+
+def _event(emitted: Emitted) -> tuple[Any, ...]:
+    event = emitted.event
+    return (
+        event.id,
+        event.type,
+        event.tenant,
+        event.data,
+        event.attributes,
+        event.occurred_at,
+        event.idempotency_key,
+        event.digest,
+        _count(emitted),
+        event.trace_context,
+        emitted.endpoints_revision,
+    )
 
 
 def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
