@@ -209,7 +209,7 @@ async def test_an_emit_is_one_statement_and_the_first_one_two(kind: str, app: Ap
         await app.dispatcher.emit("order.placed")  # it knows the endpoint now
         await caller.begin()
         await caller.run("SELECT 1")
-        assert [await statements(key="k"), await statements(), await statements(5)] == [2, 1, 3]
+        assert [await statements(key="k"), await statements(), await statements(5)] == [2, 1, 4]
         assert await statements(key="k") == 2
         await caller.commit()
         await caller.begin()
