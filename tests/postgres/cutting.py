@@ -31,11 +31,11 @@ TABLES = {
     "wake": "endpoint_id, available_at",
 }
 
-BOUNDARIES = ("startup", "Q", "E")
-"""Messages at which something begins: a connection, or a statement. Not its preparation, which changes nothing."""
+STATEMENTS = ("Q", "E")
+"""Messages at which a statement begins. Not its preparation, which changes nothing."""
 
-_DRIVERS = ("typeinfo_tree", "set_config('jit'")
-"""What is in the driver's own questions about types."""
+_NOT_THE_VERBS = ("typeinfo_tree", "set_config('jit'", "SET hookwright.now")
+"""What is in the driver's own questions about types, and in what tells a single statement the time."""
 
 
 class Direct:
@@ -132,30 +132,43 @@ def clock_of(world: World) -> int:
 
 
 class Cut:
-    """Strikes at the n-th boundary from now on, on whatever connection but the one that listens."""
+    """Strikes at the n-th statement from now on, on whatever connection but the one that listens; 0: at a login.
 
-    def __init__(self, proxy: Proxy, number: int, action: Action) -> None:
+    `single`: the statement is a transaction of its own. `logins`: these count, too.
+    """
+
+    def __init__(
+        self, proxy: Proxy, number: int, action: Action, *, single: bool = False, logins: bool = False
+    ) -> None:
         self.listening = {message.connection for message in proxy.messages if "LISTEN" in message.sql}
         self._number = number
         self._action = action
+        self._single = single
+        self._logins = logins
         self.passed: list[Message] = []
 
     def __call__(self, message: Message) -> Action | None:
-        if message.kind not in BOUNDARIES or message.connection in self.listening:
+        if message.connection in self.listening or self.struck:
             return None
-        # After a statement is as before the next one, but for the first and the last of a transaction.
-        if any(text in message.sql for text in _DRIVERS) or (message.kind == "E" and self._action is Action.CUT_AFTER):
+        if self._number == 0:
+            counts = message.kind == "startup"
+        else:
+            # After a statement is as before the next one, but for the first and the last of a transaction.
+            kinds = STATEMENTS if self._action is Action.CUT_BEFORE or self._single else ("Q",)
+            kinds = ("startup", *kinds) if self._logins else kinds
+            counts = message.kind in kinds and not any(text in message.sql for text in _NOT_THE_VERBS)
+        if not counts:
             return None
         self.passed.append(message)
-        return self._action if len(self.passed) == self._number else None
+        return self._action if self.struck else None
 
     @property
     def struck(self) -> bool:
         """Whether it has."""
-        return len(self.passed) >= self._number
+        return len(self.passed) >= max(1, self._number)
 
     def __repr__(self) -> str:
-        return f"<{self._action.name} {self._number}: {self.passed[self._number - 1] if self.struck else None}>"
+        return f"<{self._action.name} {self._number}: {self.passed[-1] if self.struck else None}>"
 
 
 async def outcome(coroutine: Awaitable[Any], *errors: type[Exception]) -> Any:
@@ -179,3 +192,12 @@ def tasks() -> set[str]:
     """Return the names of the tasks that there are, without the proxy's own and this one."""
     found = (task for task in asyncio.all_tasks() if task is not asyncio.current_task())
     return {task.get_name() for task in found if "Proxy" not in repr(task) and "_Link" not in repr(task)}
+
+
+async def waiting(connection: asyncpg.Connection, table: str | None, count: int) -> bool:
+    """Whether so many wait for a lock of a table, or (None) for what somebody holds of its rows."""
+    which = "relation = $1::text::regclass"
+    if table is None:  # the second waits for the first one's place in the line
+        which = "$1::text IS NULL AND locktype IN ('tuple', 'transactionid')"
+    found = await connection.fetchval(f"SELECT count(*) FROM pg_locks WHERE NOT granted AND {which}", table)
+    return bool(found == count)

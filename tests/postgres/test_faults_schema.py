@@ -78,7 +78,7 @@ async def test_a_migration_cut_at_any_statement_is_all_or_nothing(
         while struck:
             number, schema = number + 1, new_schema()
             proxy.messages.clear()
-            cut = proxy.on_message = Cut(proxy, number, action)
+            cut = proxy.on_message = Cut(proxy, number, action, logins=True)
             cut.listening.clear()
             storage = PostgresStorage(proxy.dsn, schema=schema)
             try:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hookwright import Dispatcher, StorageUnavailable
+from hookwright import CommitUnknown, Dispatcher, NewEvent
 from hookwright.storage.postgres import PostgresStorage, _emits, _listener, _pool
 from hookwright.testing import FakeTransport
 from tests.conftest import URL, until
 from tests.postgres.proxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 NOTICED = 15.0
 SCALE = 20
@@ -95,25 +95,39 @@ async def test_all_goes_on_when_what_was_dropped_flows_again(proxy: Proxy, postg
         dropped = time.monotonic()
         await until(lambda: opened._open.listener._connection is not before)
         assert time.monotonic() - dropped < NOTICED / SCALE + 1
-        with pytest.raises(StorageUnavailable):
+        with pytest.raises(CommitUnknown) as raised:  # it was sent, and nobody can be asked
             await emitting
         assert (await dispatcher.health()).state == "degraded"
         flow(proxy)
         flowing = time.monotonic()
         receipt = await dispatcher.emit("video.ready", "after it")
         assert receipt.delivery_count == 1
-        await until(lambda: len(transport.requests) == 21)
+        again = await dispatcher.emit("video.ready", "while it is gone", event_id=raised.value.event_id)
+        assert not again.duplicate  # what was swallowed never came
+        await until(lambda: len(transport.requests) == 22)
         assert time.monotonic() - flowing < 2
 
 
+EMITS: list[tuple[str, str, Callable[[Dispatcher], Awaitable[object]]]] = [
+    ("TRANSACTION_LIMIT", "ANSWER_LIMIT", lambda dispatcher: dispatcher.emit("video.ready")),  # one statement
+    ("ANSWER_LIMIT", "TRANSACTION_LIMIT", lambda dispatcher: dispatcher.emit_many([NewEvent("video.ready")])),  # BEGIN
+]
+
+
+@pytest.mark.parametrize(("name", "other", "emit"), EMITS)
 @pytest.mark.usefixtures("short_limits")
 async def test_one_silent_connection_is_enough_to_suspect_all(
-    proxy: Proxy, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy,
+    postgres_schema: str,
+    name: str,
+    other: str,
+    emit: Callable[[Dispatcher], Awaitable[object]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_emits, "PATIENCE", 5.0)
     monkeypatch.setattr(_listener, "PING_INTERVAL", 60.0)
-    monkeypatch.setattr(_pool, "ANSWER_LIMIT", 1.0)
-    monkeypatch.setattr(_pool, "TRANSACTION_LIMIT", 5.0)
+    monkeypatch.setattr(_pool, name, 1.0)
+    monkeypatch.setattr(_pool, other, 5.0)
     async with running(proxy, postgres_schema, deliver=False) as (dispatcher, _):
         opened: Any = dispatcher._storage
         await asyncio.gather(*(dispatcher.deliveries.count() for _ in range(3)))
@@ -121,10 +135,10 @@ async def test_one_silent_connection_is_enough_to_suspect_all(
         # What there is now stays silent for ever; what is new works.
         drop(proxy)
         silent = set(opened._open.pool._made)
-        emitting = asyncio.ensure_future(dispatcher.emit("video.ready"))
+        emitting = asyncio.ensure_future(emit(dispatcher))
         began = time.monotonic()
         await until(lambda: not silent & set(opened._open.pool._made))
-        assert time.monotonic() - began < 2 * _pool.ANSWER_LIMIT  # and not one after the other
+        assert time.monotonic() - began < 2.0  # and not one after the other
         flow(proxy)
         await emitting
 

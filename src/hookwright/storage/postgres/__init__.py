@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -59,6 +60,15 @@ _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
 
 
+_LATE = 30.0
+"""Seconds for which a claim whose connection is gone may still arrive: the kernel gives up after 14, a statement ends
+after 10.
+"""
+
+_LATE_LOOK = 0.25
+"""Seconds between two looks for it."""
+
+
 class PostgresStorage(Storage):
     """One schema of a PostgreSQL database, 14 or later. Needs the extra `postgres`.
 
@@ -111,6 +121,8 @@ class PostgresStorage(Storage):
         self._pruned = (0, "")
         self._writing: set[asyncio.Future[Any]] = set()
         self._lost_claims: dict[str, asyncio.Future[Any]] = {}
+        self._late_claims: dict[str, float] = {}
+        self._looked = 0.0
         self._unknown: set[str] = set()
 
     def __repr__(self) -> str:
@@ -241,11 +253,20 @@ class PostgresStorage(Storage):
 
     async def _give_back_lost(self, pool: Pool) -> None:
         """End the leases of claims that were written, but whose answer nobody had."""
-        lost = [token for token, claiming in self._lost_claims.items() if claiming.done()]
-        if lost:
-            await pool.run(partial(_claim.give_back, tokens=lost), first=True)
-            for token in lost:
-                del self._lost_claims[token]
+        began = time.monotonic()
+        lost = {token: claiming for token, claiming in self._lost_claims.items() if claiming.done()}
+        late = list(self._late_claims) if began >= self._looked + _LATE_LOOK else []
+        if not lost and not late:
+            return
+        found = await pool.run(partial(_claim.give_back, tokens=[*lost, *late]), first=True)
+        self._looked = began
+        for token, claiming in lost.items():
+            self._lost_claims.pop(token, None)
+            if claiming.cancelled() or claiming.exception() is not None:
+                self._late_claims[token] = began + _LATE
+        self._late_claims = {
+            token: until for token, until in self._late_claims.items() if token not in found and began < until
+        }
 
     async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """See `Storage.settle`."""

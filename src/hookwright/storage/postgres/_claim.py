@@ -84,11 +84,15 @@ def claim_token() -> str:
     return f"{new_token()}."
 
 
-async def give_back(database: Database, tokens: Sequence[str]) -> None:
-    """End the leases of claims whose answer never came: nobody has them, and nothing was sent."""
+async def give_back(database: Database, tokens: Sequence[str]) -> set[str]:
+    """End the leases of claims whose answer never came: nobody has them, and nothing was sent. Return whose there were.
+
+    What is not there may be written later: the server may still run a statement whose connection is gone.
+    """
     leased = "FROM hookwright.lease WHERE left(token, 25) = ANY($1::text[])"
     rows = await database.fetch(f"SELECT DISTINCT endpoint_id {leased}", list(tokens))
     if rows:
         now = await lock_lanes(database, [row[0] for row in rows])
-        rows = await database.fetch(f"DELETE {leased} RETURNING endpoint_id", list(tokens))
+        rows = await database.fetch(f"DELETE {leased} RETURNING endpoint_id, left(token, 25)", list(tokens))
         await make_due(database, [(row[0], 0) for row in rows], now)
+    return {row[1] for row in rows}

@@ -50,29 +50,34 @@ class Connection(Protocol):
 class Database:
     """The connection of a transaction. Statements say `hookwright.` where the schema's name belongs."""
 
-    __slots__ = ("_connection", "_names")
+    __slots__ = ("_connection", "_names", "done")
 
     def __init__(self, connection: Connection, names: Names) -> None:
         self._connection = connection
         self._names = names
+        self.done = 0
+        """Statements that were answered: outside a transaction, what they wrote stays."""
 
     async def fetch(self, sql: str, *arguments: Any) -> Sequence[Any]:
         """Return the rows of one statement; a row can be read by position and by name."""
-        return await self._connection.fetch(self._names(sql), *arguments)
+        rows = await self._connection.fetch(self._names(sql), *arguments)
+        self.done += 1
+        return rows
 
     async def first(self, sql: str, *arguments: Any) -> Any:
         """Return the first row of one statement, or None."""
-        rows = await self._connection.fetch(self._names(sql), *arguments)
+        rows = await self.fetch(sql, *arguments)
         return rows[0] if rows else None
 
     async def value(self, sql: str, *arguments: Any) -> Any:
         """Return the first column of the first row, or None."""
-        rows = await self._connection.fetch(self._names(sql), *arguments)
+        rows = await self.fetch(sql, *arguments)
         return rows[0][0] if rows else None
 
     async def run(self, sql: str, *arguments: Any) -> int:
         """Run a statement that changes rows; return how many it changed."""
         tag = await self._connection.execute(self._names(sql), *arguments)
+        self.done += 1
         number = tag.rpartition(" ")[2]
         return int(number) if number.isdigit() else 0
 

@@ -127,13 +127,20 @@ class Emits:
     async def _store(self) -> None:
         try:
             while self._waiting:
-                group = [self._waiting.popleft() for _ in range(min(_MOST, len(self._waiting)))]
-                await self._store_group(group)
+                await self._store_group(self._next())
                 await asyncio.sleep(0)  # who was answered asks for the next before we look
         finally:
             for _, future in self._waiting:
                 _answer(future, closed())
             self._waiting.clear()
+
+    def _next(self) -> _Group:
+        """Take those that one statement can store: an id that is repeated needs a second."""
+        group: dict[str, tuple[Emitted, asyncio.Future[Receipt]]] = {}
+        while self._waiting and len(group) < _MOST and self._waiting[0][0].event.id not in group:
+            one = self._waiting.popleft()
+            group[one[0].event.id] = one
+        return list(group.values())
 
     async def _store_group(self, group: _Group, *, hurried: bool = True) -> None:
         emitted = [one for one, _ in group]

@@ -153,21 +153,24 @@ async def mark_own(
     database: Database, waiting: Sequence[Emitted], answers: list[Receipt | HookwrightError]
 ) -> list[Receipt | HookwrightError]:
     """Tell duplicates from what we ourselves stored before, by a commit whose answer never came."""
-    rows = [row.id for emitted in waiting for row in emitted.deliveries]
+    firsts = [emitted.deliveries[0].id for emitted in waiting if emitted.deliveries]
     # One without rows is known by its time, to the microsecond.
     alone = [emitted.event for emitted in waiting if not emitted.deliveries]
-    found = await database.fetch(_OURS, rows, [event.id for event in alone], [event.occurred_at for event in alone])
+    found = await database.fetch(_OURS, firsts, [event.id for event in alone], [event.occurred_at for event in alone])
     ours = {row[0] for row in found}
+
+    def own(emitted: Emitted) -> bool:
+        mark = emitted.deliveries[0].id if emitted.deliveries else emitted.event.id
+        return mark in ours or emitted.event.digest is None
+
     return [
-        replace(answer, duplicate=False)
-        if isinstance(answer, Receipt) and (answer.event_id in ours or emitted.event.digest is None)
-        else answer
+        replace(answer, duplicate=False) if isinstance(answer, Receipt) and own(emitted) else answer
         for emitted, answer in zip(waiting, answers, strict=True)
     ]
 
 
 _OURS = """
-SELECT event_id FROM hookwright.delivery WHERE id = ANY($1::text[]) UNION ALL
+SELECT id FROM hookwright.delivery WHERE id = ANY($1::text[]) UNION ALL
 SELECT e.id FROM unnest($2::text[], $3::bigint[]) AS alone (id, at)
 JOIN hookwright.event AS e ON e.id = alone.id AND e.occurred_at = alone.at
 """

@@ -168,11 +168,11 @@ class Pool:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
         `first`: it is what events wait for: it has connections of its own and plans that are known to be good.
-        `single`: each statement may be a transaction of its own, which saves two turns of the loop. What is met of
-        `repeats` (that the server cannot be reached, that another transaction was in the way) is tried again for
-        `patience` seconds.
+        `single`: each statement may be a transaction of its own, which saves two turns of the loop; the first may
+        write, and others read. What is met of `repeats` (that the server cannot be reached, that another transaction
+        was in the way) is tried again for `patience` seconds.
 
-        Raises StorageError; CommitLost when the connection broke in the commit.
+        Raises StorageError; CommitLost when the connection broke in the commit, or in a statement that is one.
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
@@ -242,14 +242,18 @@ class Pool:
             raise convert(error) from error
 
     async def _statements(self, operation: Operation[T], connection: Any) -> T:
+        database = Database(connection, self._names)
         try:
             for name, value in self._settings().items():
                 await connection.execute(f"SET {name} = {value}")
-            answer = await operation(Database(connection, self._names))
+            answer = await operation(database)
         except BaseException as error:
             if not isinstance(getattr(error, "sqlstate", None), str) and not isinstance(error, HookwrightError):
                 _give_up(connection)
-            self._lost(error)
+            if database.done and isinstance(error, self._foreign):
+                raise CommitLost("what was written stays, but what became of it could not be read") from error
+            if not _rolled_back(error):
+                self._lost(error)
             raise
         self.transactions += 1
         return answer
@@ -331,6 +335,11 @@ async def _roll_back(connection: Any, error: BaseException) -> None:
             _give_up(connection)
             raise
     _give_up(connection)
+
+
+def _rolled_back(error: BaseException) -> bool:
+    """Whether the server says that the statement failed, and not that it ends the connection, maybe after it."""
+    return getattr(error, "severity_en", None) == "ERROR"
 
 
 async def _keep(connection: Any) -> None:
