@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 EVENTS = 200
 """Each goes to four endpoints."""
 
+FAULTS = 5
+
 RESUMED = 2.0
 
 
@@ -33,7 +35,7 @@ async def test_backends_that_are_terminated_at_random_moments_lose_nothing(
         await emitting
         await load.finish()
         record_property("backends terminated, and repeats", (load.faults, load.repeats))
-        assert load.faults >= 5
+        assert load.faults >= FAULTS
         assert load.repeats == 0  # results are kept until they are written
         assert load.given_again == 0  # within their patience
 
@@ -41,7 +43,7 @@ async def test_backends_that_are_terminated_at_random_moments_lose_nothing(
 async def _terminate_often(load: Load, dsn: str, chance: Random, emitting: asyncio.Future[None]) -> None:
     connection = await asyncpg.connect(dsn)
     try:
-        while not emitting.done():
+        while not emitting.done() or load.faults < FAULTS:  # on a quick machine it goes on while it delivers
             await asyncio.wait({emitting}, timeout=chance.random() * 0.2)
             load.note_fault()
             await connection.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", load.pids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -13,12 +13,15 @@ import pytest
 from hookwright import Dispatcher, StorageBusy
 from hookwright._models import Lease
 from hookwright.storage.postgres import PostgresStorage, _emits, _pool
+from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from hookwright.storage.postgres._database import Database
 
 AT_ONCE = 1.0
 LOCK_LIMIT = 300
@@ -143,6 +146,29 @@ async def test_a_transaction_left_open_after_an_emit_with_a_key_holds_up_nobody_
             assert len(transport.requests) == 61
         finally:
             connection.terminate()
+
+
+async def test_the_statement_that_others_wait_for_waits_a_moment_only_and_sets_no_limit_for_the_next(
+    postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", "5000")
+    async with opened(postgres_dsn, postgres_schema) as world:
+        endpoint = await world.endpoint()
+        event = world.new_event(idempotency_key="k")
+        key = f"INSERT INTO {postgres_schema}.event VALUES ('evt', 't', NULL, '', '', 0, 0, 'k', '', 0)"
+        emitted = Emitted(event, [world.new_delivery(endpoint)], None)
+        storage: Any = world.storage
+        pool = storage._open.pool
+        async with holding(postgres_dsn, key):
+            began = time.monotonic()
+            with pytest.raises(StorageBusy):
+                await _emits.store_all(pool, [emitted], None, hurried=True)
+            assert time.monotonic() - began < AT_ONCE
+
+        async def limit(database: Database) -> object:
+            return await database.value("SHOW lock_timeout")
+
+        assert await pool.run(limit, first=True, single=True) == "5s"
 
 
 async def test_two_transactions_that_emit_the_same_keys_in_opposite_order_hold_up_nobody_else(
