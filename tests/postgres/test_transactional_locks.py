@@ -208,7 +208,7 @@ async def test_a_connection_that_is_lost_in_the_middle_is_told(app: App, kind: s
             async with KINDS[kind](proxy.dsn) as caller:
                 await caller.begin()
                 await caller.run(app.order)
-                proxy.on_message = at_statement("WITH current", action)
+                proxy.on_message = at_statement("emit_1", action)
                 with pytest.raises(StorageUnavailable) as caught:
                     await app.dispatcher.emit("order.placed", {"n": CANARY}, connection=caller.connection)
                 assert caught.value.__cause__ is not None
