@@ -18,7 +18,9 @@ from hookwright._models import (
     EndpointState,
     Event,
     Key,
+    Lease,
 )
+from hookwright.storage._base import FREE_INTERRUPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,4 +176,31 @@ def attempt_row(delivery_id: str, number: int, attempt: AttemptRecord) -> tuple[
         attempt.response_body or None,
         attempt.response_truncated,
         attempt.body_sha256,
+    )
+
+
+def lease_of(row: Sequence[Any], token: str, until: int, *, taken_over: bool, proven: bool) -> Lease:
+    """Return the lease of a row: endpoint, delivery, event, attempt_count, interruptions, budget_from, created_at,
+    available_at, renewed_at, and the event's type, data, tenant and occurred_at.
+    """
+    endpoint_id, delivery_id, event_id, attempts, interruptions, budget_from, created_at = row[:7]
+    available_at, renewed_at, event_type, data, tenant, occurred_at = row[7:13]
+    return Lease(
+        delivery_id,
+        token,
+        until,
+        endpoint_id,
+        event_id,
+        event_type,
+        data,
+        tenant,
+        occurred_at,
+        created_at,
+        renewed_at or created_at,
+        due_at=available_at or renewed_at or created_at,
+        number=attempts + 1,
+        spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
+        interruptions=interruptions,
+        taken_over=taken_over,
+        proven=proven,
     )

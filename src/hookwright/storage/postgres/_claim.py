@@ -9,11 +9,11 @@ transaction has locked is passed by, and looked at again in a moment. How much a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hookwright._ids import new_token
-from hookwright._models import Claim, Lease
-from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright._models import Claim
+from hookwright.storage._rows import lease_of
 from hookwright.storage.postgres._database import lock_lanes
 from hookwright.storage.postgres._lanes import make_due
 
@@ -51,32 +51,10 @@ async def claim(
         shared,
     )
     now, next_due, revision = summary["created_at"], summary["available_at"], summary["renewed_at"]
-    leases = [_lease(row, token, now + request.lease) for row in rows]
+    leases = [
+        lease_of(row[1:], f"{token}{row[0]}", now + request.lease, taken_over=row[14], proven=row[15]) for row in rows
+    ]
     return Claim(leases, next_due, revision), now
-
-
-def _lease(row: Any, token: str, until: int) -> Lease:
-    place, endpoint_id, id, event_id, attempts, interruptions, budget_from, created_at = row[:8]
-    available_at, renewed_at, event_type, data, tenant, occurred_at, taken_over, proven = row[8:]
-    return Lease(
-        id,
-        f"{token}{place}",
-        until,
-        endpoint_id,
-        event_id,
-        event_type,
-        data,
-        tenant,
-        occurred_at,
-        created_at,
-        renewed_at or created_at,
-        due_at=available_at or renewed_at or created_at,
-        number=attempts + 1,
-        spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
-        interruptions=interruptions,
-        taken_over=taken_over,
-        proven=proven,
-    )
 
 
 def claim_token() -> str:

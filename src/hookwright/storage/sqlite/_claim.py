@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._clock import FOREVER
 from hookwright._ids import new_token
-from hookwright._models import Claim, Lease
-from hookwright.storage._base import FREE_INTERRUPTIONS, opens_at
+from hookwright._models import Claim
+from hookwright.storage._base import opens_at
 from hookwright.storage._rooms import Ready, Rooms
+from hookwright.storage._rows import lease_of
 from hookwright.storage.sqlite._bulk import at_once, rows_at_once
 from hookwright.storage.sqlite._lanes import REVISION, TURN_BITS, TURNS_END, UNLEASED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hookwright._models import Lease
     from hookwright.storage._base import ClaimRequest
     from hookwright.storage.sqlite._owner import Database
 
@@ -73,7 +75,7 @@ ORDER BY coalesce(nullif(coalesce(l.until, d.available_at), 0), d.created_at), d
 
 _ROWS = """
 SELECT d.endpoint_id, d.id, d.event_id, d.attempt_count, d.interruptions, d.budget_from, d.created_at, d.available_at,
-       e.type, e.data, e.tenant, e.occurred_at, d.renewed_at
+       d.renewed_at, e.type, e.data, e.tenant, e.occurred_at
 FROM json_each(?) AS chosen
 CROSS JOIN hookwright_delivery AS d ON d.id = chosen.value
 CROSS JOIN hookwright_event AS e ON e.id = d.event_id
@@ -179,34 +181,16 @@ class _Claiming:
         _move_on(self._database, list(proven), self._now)
 
     def _lease_of(self, row: _Row, token: str, until: int, *, proven: bool) -> Lease:
-        endpoint_id, delivery_id, event_id, attempts, interruptions, budget_from, created_at = row[:7]
-        available_at, event_type, data, tenant, occurred_at, renewed_at = row[7:]
-        taken_over = delivery_id in self._ended
-        if taken_over:
-            attempts, interruptions = attempts + 1, interruptions + 1
-            record_interruption(self._database, delivery_id, attempts, self._now)
-            self._database.execute(
-                "UPDATE hookwright_delivery SET interruptions = ? WHERE id = ?", (interruptions, delivery_id)
-            )
-        return Lease(
-            delivery_id,
-            token,
-            until,
-            endpoint_id,
-            event_id,
-            event_type,
-            data,
-            tenant,
-            occurred_at,
-            created_at,
-            renewed_at or created_at,
-            due_at=available_at or renewed_at or created_at,
-            number=attempts + 1,
-            spent=attempts - budget_from - min(interruptions, FREE_INTERRUPTIONS),
-            interruptions=interruptions,
-            taken_over=taken_over,
-            proven=proven,
+        taken_over = row[1] in self._ended
+        if not taken_over:
+            return lease_of(row, token, until, taken_over=False, proven=proven)
+        delivery_id, attempts, interruptions = row[1], row[3] + 1, row[4] + 1
+        record_interruption(self._database, delivery_id, attempts, self._now)
+        self._database.execute(
+            "UPDATE hookwright_delivery SET interruptions = ? WHERE id = ?", (interruptions, delivery_id)
         )
+        row = _Row((*row[:3], attempts, interruptions, *row[5:]))
+        return lease_of(row, token, until, taken_over=True, proven=proven)
 
 
 def _ready_lanes(database: Database, request: ClaimRequest, now: int) -> list[Ready]:
