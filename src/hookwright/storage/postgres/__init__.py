@@ -56,6 +56,9 @@ _POLL = 0.5
 _POLL_LISTENING = 5.0
 """The same, where they can: for the one that was missed."""
 
+_MIGRATION_LIMIT = 3600.0
+"""Seconds that a migration may take."""
+
 _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
 
@@ -149,13 +152,13 @@ class PostgresStorage(Storage):
         self._closed = None
         self._closing.clear()
         pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, settings=self._settings)
-        channel = None if self._poll_only else f"hookwright {self._names.schema}"[:63]
+        channel = None if self._poll_only else self._names.channel
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
         try:
             await pool.open()
             migrate = partial(_schema.migrate, names=self._names)
             # Processes of the version before work meanwhile: one of the two may have to give way (a deadlock).
-            identity = await pool.run(migrate, patience=PATIENCE, repeats=(StorageBusy,))
+            identity = await pool.run(migrate, patience=PATIENCE, repeats=(StorageBusy,), limit=_MIGRATION_LIMIT)
             if listener is not None:
                 await listener.open()
         except BaseException:
@@ -191,7 +194,7 @@ class PostgresStorage(Storage):
         """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
         opened = self._opened()
         if not self._freed:
-            alone = opened.listener is not None and await opened.listener.alone()
+            alone = opened.listener is not None and await opened.pool.run(opened.listener.alone)
             await opened.pool.run(partial(_release.free_leases, alone=alone), patience=PATIENCE)
             self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from hookwright.storage.postgres._database import Names
     from hookwright.storage.postgres._enqueue import Emitted
 
-IDENTITY = "SELECT current_database()::text, to_regclass($1)::oid::bigint"
-"""Which database it is, and which table in it: whoever gets the same answer writes to the same one."""
+IDENTITY = "SELECT value FROM hookwright.meta WHERE key = 'identity'"
+"""The number that was drawn when the schema was made: no other has it, but for its copies."""
+
+_THERE = "SELECT current_database()::text, to_regclass($1) IS NOT NULL"
 
 _DRIVERS = {"asyncpg", "psycopg", "sqlalchemy"}
 
@@ -43,7 +45,7 @@ class Callers:
     """The connections of callers that write to one schema. `revision` reads the endpoint counter beside them."""
 
     def __init__(
-        self, names: Names, identity: tuple[Any, ...], channel: str | None, revision: Callable[[], Awaitable[int]]
+        self, names: Names, identity: int, channel: str | None, revision: Callable[[], Awaitable[int]]
     ) -> None:
         self._names = names
         self._identity = identity
@@ -89,12 +91,13 @@ class Callers:
         driver = getattr(connection.driver, "_con", None) or connection.driver  # behind asyncpg's pool
         if driver in self._admitted:
             return
-        [row] = await connection.fetch(IDENTITY, [f"{self._names.quoted}.event"])
-        if tuple(row) != self._identity:
+        [(name, there)] = await connection.fetch(_THERE, [f"{self._names.quoted}.meta"])
+        found = await connection.fetch(self._names(IDENTITY)) if there else []
+        if not found or found[0][0] != self._identity:
             raise ValidationFailed(
                 "connection",
-                f"it is connected to the database {row[0]!r}, where this dispatcher has no events (its own is"
-                f" {self._identity[0]!r}, in the schema {self._names.schema!r}): they must be in one database",
+                f"it is connected to a database {name!r} that does not hold this dispatcher's events (schema"
+                f" {self._names.schema!r}): they must be in one database",
             )
         self._admitted.add(driver)
 

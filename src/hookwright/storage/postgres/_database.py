@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hookwright._errors import ConfigurationError
@@ -20,13 +21,16 @@ class Names:
     """Puts the schema's name into statements, which all say `hookwright.`; each is written out once."""
 
     def __init__(self, schema: str) -> None:
-        if not schema or "\0" in schema or len(schema.encode()) > LONGEST_SCHEMA or schema.startswith("pg_"):
+        if not schema or set(schema) & {"\0", "$"} or len(schema.encode()) > LONGEST_SCHEMA or schema.startswith("pg_"):
             raise ConfigurationError(
-                f"schema: {schema!r} cannot be one; use up to {LONGEST_SCHEMA} bytes that do not begin with pg_"
+                f"schema: {schema!r} cannot be one; use up to {LONGEST_SCHEMA} bytes, without $, that do not begin with pg_"
             )
+        if schema == "public":
+            raise ConfigurationError("schema: public is the application's; give hookwright's tables one of their own")
         self.schema = schema
         quoted = schema.replace('"', '""')
         self.quoted = f'"{quoted}"'
+        self.channel = f"hookwright_{sha256(schema.encode()).hexdigest()[:16]}"
         self._written: dict[str, str] = {}
 
     def __call__(self, sql: str) -> str:

@@ -157,7 +157,7 @@ async def rewrite(database: Database) -> None:
     the server's, they keep what was written as long as it was told to. Nobody reads endpoints meanwhile. In a
     transaction of its own; it gives up when it must wait for others, sooner than PostgreSQL looks for deadlocks.
     """
-    await database.run("SET LOCAL lock_timeout = 500")
+    await database.run("SET LOCAL lock_timeout = 20")  # claims of all processes queue behind it meanwhile
     await database.run("CLUSTER hookwright.endpoint USING endpoint_pkey")
 
 

@@ -20,6 +20,8 @@ from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver, keep_alive
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from hookwright.storage.postgres._database import Database
+
 _logger = logging.getLogger("hookwright")
 
 PING_INTERVAL = 5.0
@@ -34,7 +36,7 @@ LISTENING = 1_752_134_519
 _OTHERS = """
 SELECT EXISTS (
     SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = $1::int
-    AND objid = hashtext($2)::oid AND pid <> pg_backend_pid()
+    AND objid = hashtext($2)::oid AND pid <> $3::int
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 )
 """
@@ -76,13 +78,10 @@ class Listener:
             raise convert(error) from error
         self._task = asyncio.get_running_loop().create_task(self._watch(), name="hookwright-postgres-listener")
 
-    async def alone(self) -> bool:
+    async def alone(self, database: Database) -> bool:
         """Say whether no other process listens, and so may deliver."""
-        try:
-            found = await self._connection.fetchval(_OTHERS, LISTENING, self._channel)
-        except Exception as error:
-            raise convert(error) from error
-        return not found
+        pid = -1 if self._connection is None else self._connection.get_server_pid()
+        return not await database.value(_OTHERS, LISTENING, self._channel, pid)
 
     async def close(self) -> None:
         """Disconnect."""

@@ -118,12 +118,14 @@ class Pool:
             statement_cache_size=0 if self._pooler else 256,
             max_cached_statement_lifetime=0,
             max_inactive_connection_lifetime=300.0,
-            server_settings=None if self._pooler else {name: value.strip("'") for name, value in settings.items()},
-            init=self._note,
+            init=partial(self._prepare, settings=settings),
             reset=_keep,
         )
 
-    async def _note(self, connection: Any) -> None:
+    async def _prepare(self, connection: Any, settings: Mapping[str, str]) -> None:
+        # By statements: a pooler that keeps sessions refuses most of them at the start of a connection.
+        if not self._pooler:
+            await connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
         pid = connection.get_server_pid()
         self.pids.add(pid)
         self._made[pid] = connection
@@ -164,6 +166,7 @@ class Pool:
         reads: bool = False,
         patience: float = 0.0,
         repeats: tuple[type[StorageError], ...] = (StorageUnavailable, StorageBusy),
+        limit: float = TRANSACTION_LIMIT,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
@@ -176,7 +179,7 @@ class Pool:
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
-        attempt = partial(self._attempt, operation, first, single and not self._pooler, reads)
+        attempt = partial(self._attempt, operation, first, single and not self._pooler, reads, limit)
         task = asyncio.get_running_loop().create_task(self._run(attempt, repeats, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)
@@ -217,12 +220,12 @@ class Pool:
             await asyncio.wait_for(self._closing.wait(), seconds)
             raise closed()
 
-    async def _attempt(self, operation: Operation[T], first: bool, single: bool, reads: bool) -> T:
+    async def _attempt(self, operation: Operation[T], first: bool, single: bool, reads: bool, limit: float) -> T:
         if self._pools is None:
             raise closed()
         pool = self._pools[first]
         try:
-            async with asyncio.timeout(TRANSACTION_LIMIT):
+            async with asyncio.timeout(limit):
                 try:
                     connection = await pool.acquire()
                 except ValueError as error:

@@ -216,6 +216,9 @@ DECLARE
     v_empty text[];
     v_places integer := 0;
     v_stopped text[];
+    v_after bigint := 0;
+    v_last bigint;
+    v_others integer := 0;
     v_next bigint;
     v_revision bigint;
     v_passed boolean;
@@ -223,34 +226,46 @@ BEGIN
     -- A crash of the server that forgets a claim forgets leases, and no event.
     PERFORM set_config('synchronous_commit', 'off', true);
 
-    -- Make lanes due that were woken, those that nobody else has locked.
-    WITH current AS MATERIALIZED (SELECT hookwright.clock() AS now), waking AS MATERIALIZED (
-        SELECT w.endpoint_id, array_agg(w.id) AS ids, min(w.available_at) AS first FROM (
-            SELECT wake.id, wake.endpoint_id, wake.available_at FROM hookwright.wake ORDER BY wake.id LIMIT c_woken
-        ) AS w GROUP BY w.endpoint_id
-    ), locked AS MATERIALIZED (
-        SELECT waking.endpoint_id, waking.ids, waking.first FROM waking CROSS JOIN LATERAL (
-            SELECT 1 FROM hookwright.lane AS l WHERE l.endpoint_id = waking.endpoint_id FOR UPDATE SKIP LOCKED
-        ) AS held
-    ), folded AS (
-        DELETE FROM hookwright.wake AS w USING (SELECT unnest(locked.ids) AS id FROM locked) AS gone
-        WHERE w.id = gone.id
-    ), moved AS (
-        UPDATE hookwright.lane AS l SET due_at = due.due_at FROM (
-            SELECT locked.endpoint_id, CASE WHEN first > now THEN first ELSE now >> c_turn END AS due_at
-            FROM locked, current
-        ) AS due WHERE l.endpoint_id = due.endpoint_id AND l.due_at > due.due_at
-    )
-    SELECT current.now, (
-        SELECT array_agg(waking.endpoint_id) FROM waking
-        JOIN hookwright.endpoint AS p ON p.id = waking.endpoint_id
-        WHERE (p.deleted OR p.state = 'disabled') AND (
-            (waking.endpoint_id IN (SELECT locked.endpoint_id FROM locked)) IS TRUE
-            OR NOT EXISTS (SELECT 1 FROM hookwright.lane AS l WHERE l.endpoint_id = waking.endpoint_id)
-        )
-    ) INTO v_now, v_stopped FROM current;
+    -- Make lanes due that were woken, those that nobody else has locked. Lock first, and change in a statement after
+    -- that: one that locks a lane by its old version would compare that version, and lose the wake. When somebody has
+    -- locked all that the next thousand name, look at those behind.
+    v_now := hookwright.clock();
+    LOOP
+        SELECT array_agg(w.endpoint_id), max(w.last), sum(w.count) INTO v_lanes, v_last, v_asked FROM (
+            SELECT next.endpoint_id, max(next.id) AS last, count(*) AS count FROM (
+                SELECT wake.id, wake.endpoint_id FROM hookwright.wake WHERE wake.id > v_after
+                ORDER BY wake.id LIMIT c_woken
+            ) AS next GROUP BY next.endpoint_id
+        ) AS w;
+        EXIT WHEN v_lanes IS NULL;
+        SELECT array_agg(held.endpoint_id) INTO v_served FROM unnest(v_lanes) AS woken (endpoint_id) CROSS JOIN LATERAL (
+            SELECT l.endpoint_id FROM hookwright.lane AS l WHERE l.endpoint_id = woken.endpoint_id
+            FOR UPDATE SKIP LOCKED
+        ) AS held;
+        -- Rows of endpoints that were deleted, or disabled, and swept before these were committed: to be swept.
+        SELECT array_agg(p.id) INTO v_stopped FROM hookwright.endpoint AS p
+        WHERE p.id = ANY(v_lanes) AND (p.deleted OR p.state = 'disabled') AND (
+            p.id = ANY(v_served) OR NOT EXISTS (SELECT 1 FROM hookwright.lane AS l WHERE l.endpoint_id = p.id)
+        );
+        IF v_served IS NOT NULL THEN
+            WITH folded AS (
+                DELETE FROM hookwright.wake AS w USING (
+                    SELECT next.id FROM (
+                        SELECT wake.id, wake.endpoint_id FROM hookwright.wake
+                        WHERE wake.id > v_after AND wake.id <= v_last ORDER BY wake.id
+                    ) AS next WHERE (next.endpoint_id IN (SELECT unnest(v_served))) IS TRUE
+                ) AS gone WHERE w.id = gone.id RETURNING w.endpoint_id, w.available_at
+            ), due AS (
+                SELECT folded.endpoint_id, min(folded.available_at) AS first FROM folded GROUP BY folded.endpoint_id
+            )
+            UPDATE hookwright.lane AS l
+            SET due_at = least(l.due_at, CASE WHEN due.first > v_now THEN due.first ELSE v_now >> c_turn END)
+            FROM due WHERE l.endpoint_id = due.endpoint_id;
+        END IF;
+        EXIT WHEN v_served IS NOT NULL OR v_asked < c_woken;
+        v_after := v_last;
+    END LOOP;
 
-    -- Rows that were committed after their endpoint was deleted, or disabled, and swept: to be swept.
     IF v_stopped IS NOT NULL THEN
         INSERT INTO hookwright.lane (endpoint_id, due_at, hold_until, sweep)
         SELECT p.id, c_forever, c_forever, 'cancelled' FROM hookwright.endpoint AS p
@@ -260,6 +275,9 @@ BEGIN
             AND l.endpoint_id = ANY(v_stopped);
     END IF;
 
+    IF p_shared THEN  -- lanes that are full elsewhere stay at the head: look past them
+        SELECT count(DISTINCT h.endpoint_id) INTO v_others FROM hookwright.lease AS h WHERE h.owner <> p_owner;
+    END IF;
     WHILE p_limit > 0 LOOP
         -- Lock the lanes that are due and not held, as many as can matter. Who has room for how much, in turn.
         v_early := false;
@@ -270,27 +288,27 @@ BEGIN
                     l.rate_interval, l.rate_at FROM hookwright.lane AS l
                 WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) < c_turns_end
                 ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
-                LIMIT p_limit + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+                LIMIT p_limit + cardinality(p_busy) + v_others FOR UPDATE SKIP LOCKED
             ), b AS MATERIALIZED (
                 SELECT greatest(l.due_at, l.hold_until, l.rate_until) >> c_turn AS turn, l.endpoint_id, l.earned, l.cap,
                     l.rate_interval, l.rate_at FROM hookwright.lane AS l
                 WHERE l.earned > 0 AND greatest(l.due_at, l.hold_until, l.rate_until) >= c_turns_end
                     AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now
                 ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
-                LIMIT p_limit + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+                LIMIT p_limit + cardinality(p_busy) + v_others FOR UPDATE SKIP LOCKED
             ), c AS MATERIALIZED (
                 SELECT greatest(l.due_at, l.hold_until, l.rate_until) AS turn, l.endpoint_id, l.earned, l.cap,
                     l.rate_interval, l.rate_at FROM hookwright.lane AS l
                 WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) < c_turns_end
                 ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
-                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) + v_others FOR UPDATE SKIP LOCKED
             ), d AS MATERIALIZED (
                 SELECT greatest(l.due_at, l.hold_until, l.rate_until) >> c_turn AS turn, l.endpoint_id, l.earned, l.cap,
                     l.rate_interval, l.rate_at FROM hookwright.lane AS l
                 WHERE l.earned = 0 AND greatest(l.due_at, l.hold_until, l.rate_until) >= c_turns_end
                     AND greatest(l.due_at, l.hold_until, l.rate_until) <= v_now
                 ORDER BY greatest(l.due_at, l.hold_until, l.rate_until)
-                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) FOR UPDATE SKIP LOCKED
+                LIMIT least(p_limit, p_unproven) + cardinality(p_busy) + v_others FOR UPDATE SKIP LOCKED
             )
             SELECT * FROM (
                 SELECT * FROM a UNION ALL SELECT * FROM b UNION ALL SELECT * FROM c UNION ALL SELECT * FROM d
@@ -357,18 +375,19 @@ BEGIN
                          WHERE d.endpoint_id = asked.endpoint_id AND d.available_at <= 0 AND NOT EXISTS (
                              SELECT 1 FROM hookwright.lease AS h
                              WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
-                         ) AND d.id <> ALL(p_held) ORDER BY d.available_at, d.id LIMIT asked.room)
+                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room)
                         UNION ALL
                         (SELECT d.id, d.available_at, false FROM hookwright.delivery AS d
                          WHERE d.endpoint_id = asked.endpoint_id AND d.available_at > 0 AND d.available_at <= v_now
                          AND NOT EXISTS (
                              SELECT 1 FROM hookwright.lease AS h
                              WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
-                         ) AND d.id <> ALL(p_held) ORDER BY d.available_at, d.id LIMIT asked.room)
+                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room)
                         UNION ALL
                         (SELECT d.id, CASE WHEN h.until > 0 THEN h.until ELSE d.created_at END, true
                          FROM hookwright.lease AS h JOIN hookwright.delivery AS d ON d.id = h.delivery_id
-                         WHERE h.endpoint_id = asked.endpoint_id AND h.until <= v_now AND h.delivery_id <> ALL(p_held)
+                         WHERE h.endpoint_id = asked.endpoint_id AND h.until <= v_now 
+                         AND (h.delivery_id IN (SELECT unnest(p_held))) IS NOT TRUE
                          ORDER BY h.until, h.delivery_id LIMIT asked.room)
                     ) AS found
                 ) AS due ORDER BY asked.place
