@@ -129,3 +129,46 @@ CREATE TABLE hookwright_lane (
 CREATE INDEX hookwright_lane_ready ON hookwright_lane (earned > 0, max(due_at, hold_until, rate_until));
 
 CREATE INDEX hookwright_lane_sweep ON hookwright_lane (sweep) WHERE sweep IS NOT NULL;
+
+-- One emit in an application's transaction, in one statement (see _callers.py): what fails in it backs out all of it.
+-- pending and skipped: delivery and endpoint ids; due_at: of their lanes. No function of SQLite's that older versions
+-- refuse in a trigger when the application says trusted_schema = OFF, as json_extract().
+CREATE VIEW hookwright_emit AS
+SELECT
+    NULL AS endpoints_revision,
+    NULL AS id,
+    NULL AS type,
+    NULL AS tenant,
+    NULL AS data,
+    NULL AS attributes,
+    NULL AS occurred_at,
+    NULL AS created_at,
+    NULL AS delivery_count,
+    NULL AS trace_context,
+    NULL AS pending,
+    NULL AS available_at,
+    NULL AS due_at,
+    NULL AS skipped
+WHERE 0;
+
+CREATE TRIGGER hookwright_emit_insert INSTEAD OF INSERT ON hookwright_emit
+BEGIN
+    SELECT RAISE(ABORT, 'hookwright: stale endpoints') FROM hookwright_meta
+    WHERE key = 'endpoints_revision' AND value <> NEW.endpoints_revision;
+
+    INSERT INTO hookwright_event (
+        id, type, tenant, data, attributes, occurred_at, created_at, delivery_count, trace_context
+    ) VALUES (
+        NEW.id, NEW.type, NEW.tenant, NEW.data, NEW.attributes, NEW.occurred_at, NEW.created_at, NEW.delivery_count,
+        NEW.trace_context
+    );
+
+    INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, available_at, created_at)
+    SELECT key, NEW.id, value, 'pending', NEW.available_at, NEW.created_at FROM json_each(NEW.pending);
+
+    INSERT INTO hookwright_delivery (id, event_id, endpoint_id, state, created_at, finished_at)
+    SELECT key, NEW.id, value, 'skipped', NEW.created_at, NEW.created_at FROM json_each(NEW.skipped);
+
+    UPDATE hookwright_lane SET due_at = NEW.due_at
+    WHERE endpoint_id IN (SELECT value FROM json_each(NEW.pending)) AND due_at > NEW.due_at;
+END;

@@ -1,7 +1,8 @@
 """Enqueue through a connection of the caller's, and find out when his transaction has ended.
 
 SQLite has one writer at a time. So the first statement takes the lock without changing anything: what is read from then
-on nobody else changes, and a transaction whose snapshot is too old to write fails before anything was written.
+on nobody else changes, and a transaction whose snapshot is too old to write fails before anything was written. Each
+statement is a hop to the connection's thread, though: what most applications emit goes with one that does it all.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from hookwright._errors import HookwrightError, ValidationFailed
 from hookwright.storage._connections import commits_alone
 from hookwright.storage.sqlite import _enqueue, _schema
-from hookwright.storage.sqlite._owner import DRIVER_ERRORS, convert_callers
+from hookwright.storage.sqlite._owner import DRIVER_ERRORS, convert_callers, raised_in_trigger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from hookwright._models import Receipt
     from hookwright.storage._connections import CallersConnection
+    from hookwright.storage.sqlite._bulk import Statement
 
 _LOCK = "UPDATE hookwright_meta SET value = value WHERE key = 'endpoints_revision' RETURNING value"
 
@@ -43,6 +45,9 @@ class Callers:
         """See `Storage.enqueue`: all or none."""
         try:
             await self._admit(connection)
+            statement = _enqueue.in_one(waiting[0], now) if len(waiting) == 1 and connection.in_transaction else None
+            if statement is not None:
+                return [await _at_once(connection, waiting[0], statement)]
             [[revision]] = await connection.fetch(_LOCK)
             if not connection.in_transaction:  # and so nothing but the lock was taken, and given back
                 raise commits_alone()
@@ -117,6 +122,31 @@ def _same(found: str, file: Path) -> bool:
         return Path(found).samefile(file)
     except OSError:
         return False
+
+
+async def _at_once(connection: CallersConnection, emitted: _enqueue.Emitted, statement: Statement) -> Receipt:
+    """Emit with one statement, in a transaction that is open: it would be committed by itself in none."""
+    try:
+        await connection.fetch(*statement)
+    except DRIVER_ERRORS as error:
+        if _enqueue.STALE in str(error):
+            raise _enqueue.stale() from None
+        if raised_in_trigger(error):  # a RAISE(FAIL) of somebody's backs out nothing
+            await _take_back(connection, emitted.event.id)
+        raise
+    except BaseException:
+        # Also when the caller was cancelled: what it had asked for runs in its connection's thread, and before this.
+        await _take_back(connection, emitted.event.id)
+        raise
+    return _enqueue.receipt(emitted)
+
+
+async def _take_back(connection: CallersConnection, event_id: str) -> None:
+    """Delete an event that this emit may have inserted; no other has its id."""
+    with contextlib.suppress(Exception):
+        if connection.in_transaction:
+            await connection.fetch("DELETE FROM hookwright_delivery WHERE event_id = ?", (event_id,))
+            await connection.fetch("DELETE FROM hookwright_event WHERE id = ?", (event_id,))
 
 
 async def _all_or_none(

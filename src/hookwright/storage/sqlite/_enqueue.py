@@ -6,12 +6,13 @@ thread without a pause; through a connection of the caller's they go one by one.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
 from hookwright._models import Receipt
 from hookwright.storage.sqlite._bulk import inserts
-from hookwright.storage.sqlite._lanes import making_due, revision
+from hookwright.storage.sqlite._lanes import due, making_due, revision
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -67,16 +68,60 @@ def enqueueing(waiting: Sequence[Emitted], current: int, now: int) -> Steps[list
     yield from inserts("hookwright_event", events)
     deliveries = [_delivery_row(emitted.event.id, delivery, now) for emitted in new for delivery in emitted.deliveries]
     yield from inserts(_DELIVERY, deliveries)
-    due = ((d.endpoint_id, d.available_at) for emitted in new for d in emitted.deliveries if not d.skipped)
-    yield from making_due(due, now)
+    yield from making_due(
+        ((d.endpoint_id, d.available_at) for emitted in new for d in emitted.deliveries if not d.skipped), now
+    )
     return answers
+
+
+STALE = "hookwright: stale endpoints"
+"""What the statement of `in_one` fails with when it was matched against other endpoints than there are now."""
+
+
+def in_one(emitted: Emitted, now: int) -> Statement | None:
+    """Return one statement that does what `enqueueing` does for one event, or fails and does nothing.
+
+    None: it takes several, for an event that may be a duplicate, or whose deliveries are not all for the same time.
+    `hookwright_emit` is a view; its trigger does the work.
+    """
+    event = emitted.event
+    times = {delivery.available_at for delivery in emitted.deliveries if not delivery.skipped}
+    pending = {delivery.id: delivery.endpoint_id for delivery in emitted.deliveries if not delivery.skipped}
+    skipped = {delivery.id: delivery.endpoint_id for delivery in emitted.deliveries if delivery.skipped}
+    if _is_keyed(event) or len(times) > 1 or len(pending) + len(skipped) < len(emitted.deliveries):
+        return None
+    available_at = times.pop() if times else 0
+    return _IN_ONE, (
+        emitted.endpoints_revision,
+        event.id,
+        event.type,
+        event.tenant,
+        event.data,
+        event.attributes,
+        event.occurred_at,
+        now,
+        len(pending),
+        event.trace_context,
+        json.dumps(pending),
+        available_at,
+        due(available_at, now),
+        json.dumps(skipped),
+    )
+
+
+_IN_ONE = f"INSERT INTO hookwright_emit VALUES ({', '.join('?' * 14)})"
 
 
 def _admit(emitted: Emitted, new: list[Emitted], current: int) -> Receipt | HookwrightError:
     """Decide about one, and put it with the new ones unless it is refused or a duplicate."""
     if emitted.endpoints_revision != current:
-        return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+        return stale()
     new.append(emitted)
+    return receipt(emitted)
+
+
+def receipt(emitted: Emitted) -> Receipt:
+    """Return the receipt of an event that is new."""
     return Receipt(emitted.event.id, _count(emitted))
 
 
@@ -91,6 +136,11 @@ def _admit_keyed(emitted: Emitted, new: list[Emitted], current: int, now: int) -
     if isinstance(answer, Receipt):  # at once, so that the next one in this group with the same key finds it
         yield from inserts("hookwright_event", [_event_row(emitted, now)])
     return answer
+
+
+def stale() -> StaleEndpoints:
+    """The error for an event that was matched against other endpoints than there are now."""
+    return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
 
 
 def _is_keyed(event: EventRow) -> bool:

@@ -40,15 +40,19 @@ def make_due(database: Database, rows: Iterable[tuple[str, int]], now: int) -> N
 
 def making_due(rows: Iterable[tuple[str, int]], now: int) -> Iterator[Statement]:
     """Return the statements of `make_due`."""
-    turn = now >> TURN_BITS
     earliest: dict[str, int] = {}
     for endpoint_id, available_at in rows:
-        due_at = available_at if available_at > now else turn
+        due_at = due(available_at, now)
         earliest[endpoint_id] = min(due_at, earliest.get(endpoint_id, due_at))
     return updates_alike(
         "UPDATE hookwright_lane SET due_at = ?1 WHERE endpoint_id IN (SELECT value FROM json_each(?2)) AND due_at > ?1",
         (((due_at,), endpoint_id) for endpoint_id, due_at in earliest.items()),
     )
+
+
+def due(available_at: int, now: int) -> int:
+    """Return what a lane's `due_at` is to be at most for a row that is new."""
+    return available_at if available_at > now else now >> TURN_BITS
 
 
 def end_leases(database: Database, leased: Mapping[str, str]) -> None:

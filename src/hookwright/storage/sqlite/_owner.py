@@ -391,3 +391,8 @@ def convert_callers(error: sqlite3.Error | OSError) -> StorageError:
             f" it back, and begin it with BEGIN IMMEDIATE, which waits as long as your timeout= (SQLite: {error})"
         )
     return convert(error)
+
+
+def raised_in_trigger(error: sqlite3.Error | OSError) -> bool:
+    """Whether a trigger said so, by RAISE."""
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_CONSTRAINT_TRIGGER
