@@ -255,7 +255,7 @@ async def test_use_in_a_forked_child_is_refused(monkeypatch: pytest.MonkeyPatch)
         ({"storage": "hooks.db"}, "sqlite:///"),
         ({"storage": "sqlite:///"}, "sqlite:///"),
         ({"storage": "sqlite:///:memory:"}, "memory:"),
-        ({"storage": "postgres://x"}, "sqlite:///"),
+        ({"storage": "mysql://x"}, "sqlite:///"),
         ({"concurrency": 0}, "concurrency"),
         ({"endpoint_concurrency": True}, "endpoint_concurrency"),
         ({"lease": 24.9}, "25 s"),

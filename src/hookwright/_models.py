@@ -252,11 +252,13 @@ def check_id(field: str, value: object) -> str:
 
 
 def check_text(field: str, value: str) -> str:
-    """Return a text that UTF-8 can hold, or raise ValidationFailed."""
+    """Return a text that UTF-8 and every database can hold, or raise ValidationFailed."""
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ValidationFailed(field, "holds half a surrogate pair, which is no text") from None
+    if "\0" in value:
+        raise ValidationFailed(field, "holds U+0000, which databases do not take in a text")
     return value
 
 

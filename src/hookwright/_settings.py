@@ -128,14 +128,14 @@ def storage_of(storage: str | Storage) -> Storage:
         return storage
     if storage == "memory:":
         return MemoryStorage()
-    if isinstance(storage, str) and storage.startswith(("postgresql://", "postgres://")):
+    if isinstance(storage, str) and storage.startswith(("postgresql:", "postgres:", "postgresql+")):
         return PostgresStorage(storage)
     path = storage.removeprefix("sqlite:///") if isinstance(storage, str) else ""
     if path in ("", storage) or path.startswith(":"):
-        scheme, found, _ = str(storage).partition("://")  # what follows may hold a password
-        shown = f"{scheme}://..." if found else storage
+        scheme, found, _ = str(storage).partition("://")  # what follows may hold a password, and so may all of it
+        shown = f"'{scheme}://...'" if found else "what was given"
         raise ConfigurationError(
-            f"storage: {shown!r} is no storage: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db',"
+            f"storage: {shown} is no storage: use 'sqlite:///hooks.db', 'sqlite:////absolute/hooks.db',"
             " 'postgresql://user:password@host/database', 'memory:' or an instance of Storage (wrap one by a subclass)"
         )
     return SQLiteStorage(path)

@@ -95,7 +95,7 @@ async def test_a_migration_cut_at_any_statement_is_all_or_nothing(
     assert number > 3
 
 
-@pytest.mark.parametrize("name", ['With "quotes" and \' and $1', "Ünïcode ☃", "select", "a.b", "x" * 63])
+@pytest.mark.parametrize("name", ['With "quotes" and \'', "Ünïcode ☃", "select", "a.b", "x" * 63])
 async def test_a_schema_may_have_any_name(postgres_dsn: str, admin: asyncpg.Connection, name: str) -> None:
     storage, transport = PostgresStorage(postgres_dsn, schema=name), FakeTransport()
     quoted = name.replace('"', '""')

@@ -209,7 +209,7 @@ async def test_an_emit_is_one_statement_and_the_first_one_two(kind: str, app: Ap
         await app.dispatcher.emit("order.placed")  # it knows the endpoint now
         await caller.begin()
         await caller.run("SELECT 1")
-        assert [await statements(key="k"), await statements(), await statements(5)] == [2, 1, 4]
+        assert [await statements(key="k"), await statements(), await statements(5)] == [3, 1, 4]
         assert await statements(key="k") == 2
         await caller.commit()
         await caller.begin()
@@ -298,7 +298,7 @@ async def test_the_schema_may_have_any_name(postgres_database: str, new_schema: 
     async with application(postgres_database, new_schema()) as other:  # another dispatcher's, in the same database
         await other.dispatcher.endpoints.create(URL, events=["*"])
         async with (
-            application(postgres_database, "Mine, not 'yours' $1 %s") as app,
+            application(postgres_database, "Mine, not 'yours' %s") as app,
             KINDS["psycopg"](app.dsn) as caller,
         ):
             await app.dispatcher.endpoints.create(URL, events=["*"])

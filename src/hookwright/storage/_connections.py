@@ -230,6 +230,8 @@ async def adapted(connection: object) -> CallersConnection:
         raise ValidationFailed("connection", _refusal(connection, names))
     if adapter.commits_alone:
         raise commits_alone()
+    if getattr(getattr(adapter.driver, "pgconn", None), "pipeline_status", 0):
+        raise ValidationFailed("connection", "it is in pipeline mode, which answers later: emit outside pipeline()")
     return adapter
 
 

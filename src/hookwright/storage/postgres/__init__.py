@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
@@ -15,7 +15,8 @@ from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
-from hookwright.storage.postgres._emits import Emits, Notifier
+from hookwright.storage.postgres._dsn import read_dsn
+from hookwright.storage.postgres._emits import Emits, Notifier, telling
 from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.storage.postgres._listener import Listener
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
@@ -62,7 +63,6 @@ _MIGRATION_LIMIT = 3600.0
 _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
 
-
 _LATE = 30.0
 """Seconds for which a claim whose connection is gone may still arrive: the kernel gives up after 14, a statement ends
 after 10.
@@ -75,9 +75,9 @@ _LATE_LOOK = 0.25
 class PostgresStorage(Storage):
     """One schema of a PostgreSQL database, 14 or later. Needs the extra `postgres`.
 
-    `dsn` is a URL as libpq takes it: `postgresql://user:password@host/database?sslmode=verify-full`. Without a name of
-    its own (`schema`) hookwright's tables are in the schema `hookwright`, which `open` creates and migrates; the user
-    must be allowed to. Every write is a transaction that is committed when the verb returns.
+    `dsn` is a URL, as asyncpg takes it: `postgresql://user:password@host/database?sslmode=verify-full`. `schema` is
+    where hookwright's tables are; `open` creates and migrates it, which the user must be allowed to. Every write is a
+    transaction that is committed when the verb returns.
 
     All processes that open it emit and deliver. Each uses up to `connections` connections, and one more that listens
     (LISTEN) for the others' work. With `poll_only` there is no such connection and no prepared statement, as pgbouncer
@@ -105,11 +105,9 @@ class PostgresStorage(Storage):
         poll_only: bool = False,
         shared_concurrency: bool = False,
     ) -> None:
-        if not isinstance(dsn, str) or urlsplit(dsn).scheme not in {"postgresql", "postgres"}:
-            raise ConfigurationError("dsn: use a URL: postgresql://user:password@host/database")
+        self._shown, self._dsn = read_dsn(dsn)
         if not isinstance(connections, int) or connections <= FIRST_CONNECTIONS:
             raise ConfigurationError("connections: use 4 or more; three are for emit, claim and settle alone")
-        self._dsn = dsn
         self._names = Names(schema)
         self._poll_only = poll_only
         self._connections = connections
@@ -129,8 +127,7 @@ class PostgresStorage(Storage):
         self._unknown: set[str] = set()
 
     def __repr__(self) -> str:
-        url = urlsplit(self._dsn)
-        return f"PostgresStorage('postgresql://{url.hostname or ''}{url.path}')"
+        return f"PostgresStorage({self._shown!r})"
 
     @property
     def transactions(self) -> int:
@@ -182,9 +179,10 @@ class PostgresStorage(Storage):
 
     async def _close(self, opened: _Open) -> None:
         self._closing.set()
-        opened.notifier.close()
-        if self._writing:
-            await asyncio.wait(set(self._writing), timeout=CLOSING_LIMIT)
+        if asked := self._writing | opened.emits.soon:
+            await asyncio.wait(asked, timeout=CLOSING_LIMIT)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(opened.notifier.close(), CLOSING_LIMIT)
         await opened.pool.close()
         await opened.emits.close()
         if opened.listener is not None:
@@ -193,9 +191,13 @@ class PostgresStorage(Storage):
     async def acquire(self) -> bool:
         """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
         opened = self._opened()
+
+        async def free(database: Database) -> None:
+            alone = opened.listener is not None and await opened.listener.alone(database)
+            await _release.free_leases(database, alone=alone)
+
         if not self._freed:
-            alone = opened.listener is not None and await opened.pool.run(opened.listener.alone)
-            await opened.pool.run(partial(_release.free_leases, alone=alone), patience=PATIENCE)
+            await opened.pool.run(free, patience=PATIENCE)
             self._freed = True  # only now: after a failure or a cancellation it is tried again
         return True
 
@@ -214,7 +216,7 @@ class PostgresStorage(Storage):
         emitted = Emitted(event, deliveries, endpoints_revision)
         if connection is not None:
             return (await self._enqueue_through(connection, [emitted]))[0]
-        return await self._wrote(emits.store(emitted))
+        return await emits.store(emitted)
 
     async def enqueue_many(
         self,
@@ -236,10 +238,12 @@ class PostgresStorage(Storage):
 
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
-        pool = self._opened().pool
-        if self._writing:
-            _, late = await asyncio.wait(set(self._writing), timeout=_BARRIER)
+        opened = self._opened()
+        if asked := self._writing | opened.emits.soon:
+            _, late = await asyncio.wait(asked, timeout=_BARRIER)
             self._writing -= late  # the next claim does not wait for them again
+            opened.emits.soon -= late
+        pool = opened.pool
         await self._give_back_lost(pool)
         token, begun = _claim.claim_token(), self._now()
         claiming = asyncio.ensure_future(self._claim(pool, request, token))
@@ -248,7 +252,7 @@ class PostgresStorage(Storage):
         except (CommitLost, asyncio.CancelledError):
             self._lost_claims[token] = claiming
             raise
-        return _in_our_time(claim, now - begun, now - self._now())
+        return _claim.in_our_time(claim, now - begun, now - self._now())
 
     async def _claim(self, pool: Pool, request: ClaimRequest, token: str) -> tuple[Claim, int]:
         claim = partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared)
@@ -330,9 +334,10 @@ class PostgresStorage(Storage):
         finally:
             for task in waiting:
                 task.cancel()
+        heard = listener is not None and listener.heard.is_set()
         if listener is not None:
             listener.heard.clear()
-        return not self._closing.is_set() and (bool(done) or timeout >= look)
+        return not self._closing.is_set() and (bool(done) or heard or timeout >= look)
 
     # -- endpoints ----------------------------------------------------------------------------------------------
 
@@ -450,9 +455,9 @@ class PostgresStorage(Storage):
     ) -> T:
         opened = self._opened()
 
-        async def write(channel: str | None) -> T:
-            writing = operation if channel is None else partial(_telling, operation, channel)
-            return await opened.pool.run(writing, first=first, patience=patience)
+        def write(channel: str | None) -> Awaitable[T]:
+            writing = operation if channel is None else partial(telling, operation, channel)
+            return opened.pool.run(writing, first=first, patience=patience)
 
         return await self._wrote(opened.notifier.run(write) if tell else write(None))
 
@@ -469,12 +474,6 @@ class PostgresStorage(Storage):
             task.exception()  # its caller may be gone
 
 
-async def _telling(operation: Callable[[Database], Awaitable[T]], channel: str, database: Database) -> T:
-    answer = await operation(database)
-    await database.fetch("SELECT pg_notify($1, '')", channel)
-    return answer
-
-
 class _Open(NamedTuple):
     """What there is while the storage is open."""
 
@@ -484,20 +483,3 @@ class _Open(NamedTuple):
     notifier: Notifier
     emits: Emits
     callers: Callers
-
-
-def _in_our_time(claim: Claim, ahead_before: int, ahead_after: int) -> Claim:
-    """Return a claim with its times by this process's clock, on which the dispatcher works.
-
-    How far the server is ahead is known from before and after the claim: a lease ends early rather than late.
-    """
-    if ahead_before == ahead_after == 0:
-        return claim
-    leases = [
-        lease._replace(
-            until=lease.until - ahead_before, since=lease.since - ahead_before, due_at=lease.due_at - ahead_before
-        )
-        for lease in claim.leases
-    ]
-    next_due = None if claim.next_due is None else claim.next_due - ahead_after
-    return claim._replace(leases=leases, next_due=next_due)

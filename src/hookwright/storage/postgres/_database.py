@@ -23,7 +23,7 @@ class Names:
     def __init__(self, schema: str) -> None:
         if not schema or set(schema) & {"\0", "$"} or len(schema.encode()) > LONGEST_SCHEMA or schema.startswith("pg_"):
             raise ConfigurationError(
-                f"schema: {schema!r} cannot be one; use up to {LONGEST_SCHEMA} bytes, without $, that do not begin with pg_"
+                f"schema: {schema!r} cannot be one; use up to {LONGEST_SCHEMA} bytes without $, not beginning with pg_"
             )
         if schema == "public":
             raise ConfigurationError("schema: public is the application's; give hookwright's tables one of their own")

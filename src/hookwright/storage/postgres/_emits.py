@@ -45,6 +45,13 @@ NOTIFY_INTERVAL = 0.02
 """Seconds between two notifications of a process at least: each takes a lock of the whole server in its commit."""
 
 
+async def telling(operation: Callable[[Database], Awaitable[T]], channel: str, database: Database) -> T:
+    """Do something of which others are told in its own transaction."""
+    answer = await operation(database)
+    await database.fetch("SELECT pg_notify($1, '')", channel)
+    return answer
+
+
 class Notifier:
     """Says in which transactions others are notified of new rows; what was left out is made up for."""
 
@@ -85,10 +92,12 @@ class Notifier:
     async def _hint(self, database: Database) -> None:
         await database.fetch("SELECT pg_notify($1, '')", self._channel)
 
-    def close(self) -> None:
-        """Notify no more."""
-        if self._owed is not None:
-            self._owed.cancel()
+    async def close(self) -> None:
+        """Notify of what is owed, and no more."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            owed.cancel()
+            await self._notify()
 
 
 class Emits:
@@ -101,11 +110,15 @@ class Emits:
         self._storing: asyncio.Task[None] | None = None
         self._apart: set[asyncio.Task[None]] = set()
         self._patient = asyncio.Semaphore(_WAITING_MOST)
+        self.soon: set[asyncio.Future[Receipt]] = set()
+        """Those that are about to be stored, and wait for nobody else's transaction."""
 
     async def store(self, emitted: Emitted) -> Receipt:
         """Store one with whatever else waits. Raises what `Storage.enqueue` raises."""
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         self._waiting.append((emitted, future))
+        self.soon.add(future)
+        future.add_done_callback(self.soon.discard)
         if self._storing is None or self._storing.done():
             self._storing = asyncio.get_running_loop().create_task(self._store(), name="hookwright-postgres-emits")
         return await asyncio.shield(future)
@@ -165,10 +178,11 @@ class Emits:
 
         Only who has an id or key of the application's waits for another that has the same.
         """
+        suspects = [one for one in group if not waits or one[0].event.digest is not None]
+        self.soon.difference_update(future for _, future in (group if len(group) == 1 else suspects))
         if waits and len(group) == 1:
             self._begin_apart(self._wait(group))
             return
-        suspects = [one for one in group if not waits or one[0].event.digest is not None]
         others = [one for one in group if waits and one[0].event.digest is None]
         if suspects:
             self._begin_apart(self._one_by_one(suspects))

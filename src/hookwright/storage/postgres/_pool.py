@@ -166,7 +166,7 @@ class Pool:
         reads: bool = False,
         patience: float = 0.0,
         repeats: tuple[type[StorageError], ...] = (StorageUnavailable, StorageBusy),
-        limit: float = TRANSACTION_LIMIT,
+        limit: float | None = None,
     ) -> T:
         """Run a function in a transaction, and return what it returned once that is committed (or ended: it `reads`).
 
@@ -179,7 +179,9 @@ class Pool:
         """
         if self._pools is None or self._closing.is_set():
             raise closed()
-        attempt = partial(self._attempt, operation, first, single and not self._pooler, reads, limit)
+        attempt = partial(
+            self._attempt, operation, first, single and not self._pooler, reads, limit or TRANSACTION_LIMIT
+        )
         task = asyncio.get_running_loop().create_task(self._run(attempt, repeats, patience))
         self._running.add(task)
         task.add_done_callback(self._ended)

@@ -1,0 +1,45 @@
+"""What an address says: read once, shown without its password, and handed on as the driver takes it."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from hookwright._errors import ConfigurationError
+
+_ADVICE = "use a URL: postgresql://user:password@host:5432/database, with special characters percent-encoded"
+
+# libpq's, and poolers' of other languages, which asyncpg would send to the server as settings of the session.
+_NOT_OURS = {
+    "channel_binding",
+    "client_encoding",
+    "connect_timeout",
+    "connection_limit",
+    "fallback_application_name",
+    "gssencmode",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "pgbouncer",
+    "pool_timeout",
+    "sslcompression",
+    "tcp_user_timeout",
+}
+
+
+def read_dsn(dsn: object) -> tuple[str, str]:
+    """Return what may be shown of an address, and what the driver takes. Raises ConfigurationError, showing nothing."""
+    try:
+        url = urlsplit(dsn) if isinstance(dsn, str) else urlsplit("")
+        scheme, host, port = url.scheme, url.hostname or "", url.port
+    except ValueError:
+        raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}") from None
+    if scheme.startswith("postgresql+"):
+        raise ConfigurationError(f"dsn: {scheme}:// is SQLAlchemy's; take out the driver: postgresql://...")
+    if scheme not in {"postgresql", "postgres"} or "@" in url.path or url.fragment:
+        raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
+    options = parse_qsl(url.query, keep_blank_values=True)
+    kept = urlencode([(name, value) for name, value in options if name not in _NOT_OURS])
+    socket = next((value for name, value in options if name == "host" and not host), "")
+    where = f"{host}:{port}" if port else host or socket
+    return f"postgresql://{where}{url.path}", url._replace(query=kept).geturl()

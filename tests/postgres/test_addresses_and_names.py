@@ -1,0 +1,85 @@
+"""What an address may say, what of it is shown, and which schema is whose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from hookwright import ConfigurationError, Dispatcher, PostgresStorage, ValidationFailed
+from hookwright.testing import FakeTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"postgresql+asyncpg://app:{SECRET}@db.example/app",
+        f"postgresql://app:pa/{SECRET}@db.example/app",
+        f"postgresql://app:pw[{SECRET}@db.example/app",
+        f"postgresql://app:{SECRET}@db.example:port/app",
+        f"postgresql:app:{SECRET}@db.example/app",
+        f"host=db.example user=app password={SECRET}",
+        f"app:{SECRET}@db.example/app",
+        f"//app:{SECRET}@db.example/app",
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_and_not_shown(address: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        Dispatcher(address)
+    assert SECRET not in f"{refused.value!r} {refused.value.__cause__!r}"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"postgresql://app:{SECRET}@db.example:6432/app?sslmode=require", "postgresql://db.example:6432/app"),
+        (f"postgres://app:{SECRET}@db.example/app", "postgresql://db.example/app"),
+        ("postgresql:///app?host=/var/run/postgresql", "postgresql:///var/run/postgresql/app"),
+    ],
+)
+def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
+    assert repr(PostgresStorage(address)) == f"PostgresStorage({shown!r})"
+
+
+async def test_options_of_libpq_and_of_hosts_are_left_out(postgres_dsn: str, postgres_schema: str) -> None:
+    both = "&" if "?" in postgres_dsn else "?"
+    dsn = f"{postgres_dsn}{both}channel_binding=prefer&connect_timeout=5&keepalives=1&pgbouncer=true"
+    async with Dispatcher(
+        PostgresStorage(dsn, schema=postgres_schema), transport=FakeTransport(), keys=[]
+    ) as dispatcher:
+        assert (await dispatcher.emit("video.ready")).durable
+
+
+@pytest.mark.parametrize("schema", ["", "pg_mine", "public", "a$claim$b", "x" * 64, "a\0b"])
+def test_a_schema_that_cannot_be_one_is_refused(schema: str) -> None:
+    with pytest.raises(ConfigurationError, match="schema"):
+        PostgresStorage("postgresql://db.example/app", schema=schema)
+
+
+async def test_a_schema_with_somebody_elses_tables_is_refused(postgres_dsn: str, new_schema: Callable[[], str]) -> None:
+    schema = new_schema()
+    connection = await asyncpg.connect(postgres_dsn)
+    try:
+        await connection.execute(f"CREATE SCHEMA {schema}; CREATE TABLE {schema}.meta (key text, value text)")
+        with pytest.raises(ConfigurationError, match="not hookwright's"):
+            async with Dispatcher(PostgresStorage(postgres_dsn, schema=schema), keys=[]):
+                pass
+    finally:
+        await connection.close()
+
+
+async def test_text_that_no_database_takes_is_refused_by_every_storage(postgres_dsn: str, postgres_schema: str) -> None:
+    for storage in ("memory:", PostgresStorage(postgres_dsn, schema=postgres_schema)):
+        async with Dispatcher(storage, transport=FakeTransport(), keys=[]) as dispatcher:
+            for field in ("tenant", "idempotency_key"):
+                with pytest.raises(ValidationFailed, match=field):
+                    await dispatcher.emit("video.ready", **{field: "a\0b"})  # type: ignore[arg-type]  # one of the two
+            with pytest.raises(ValidationFailed):
+                await dispatcher.deliveries.get("a\0b")
+            assert (await dispatcher.health()).state == "healthy"
