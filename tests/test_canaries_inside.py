@@ -389,7 +389,8 @@ async def test_refusals_do_not_repeat_what_was_given(storage_url: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Dispatcher(f"postgresql://user:{canaries.TOKEN}@db/hooks"),
+        lambda: Dispatcher(f"mysql://user:{canaries.TOKEN}@db/hooks"),
+        lambda: Dispatcher(f"postgresql+asyncpg://user:{canaries.TOKEN}@db/hooks"),
         lambda: Dispatcher("memory:", network=URL),  # type: ignore[arg-type]  # wrong
         lambda: Dispatcher("memory:", keys=[canaries.ENCRYPTION.reveal()]),  # type: ignore[list-item]  # wrong
         lambda: Dispatcher("memory:", keys=canaries.ENCRYPTION.reveal()),  # type: ignore[arg-type]  # wrong

@@ -91,7 +91,7 @@ def test_a_kill_before_or_after_a_statement_breaks_no_promise_on_postgresql(
     crash_on_postgres: Harness, first: int
 ) -> None:
     counted = len(count_points(crash_on_postgres))
-    assert counted > 200
+    assert counted > 100  # a claim and a settle are one statement each
     points = every_point(counted)[first::POSTGRES_SLICES]
     for point in points:
         kill_at(crash_on_postgres, point)
