@@ -28,7 +28,7 @@ LINES = [
     ["_catalogue", "_retry", "storage"],
     ["_snapshot"],
     ["_profile", "_matching"],
-    ["storage._cursor", "storage._rooms", "storage._lane_health", "storage.postgres._dsn"],
+    ["storage._cursor", "storage._emitted", "storage._rooms", "storage._lane_health", "storage.postgres._dsn"],
     ["transport._resolver", "transport._pools"],
     [
         "storage._rows",

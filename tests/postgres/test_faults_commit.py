@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from hookwright import Receipt
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.postgres._database import Database
-    from hookwright.storage.postgres._enqueue import Emitted
     from tests.postgres.wire import Message
 
 CUTS = [Action.CUT_BEFORE, Action.CUT_AFTER]

@@ -12,8 +12,8 @@ import pytest
 
 from hookwright import Dispatcher, StorageBusy
 from hookwright._models import Lease
+from hookwright.storage._emitted import Emitted
 from hookwright.storage.postgres import PostgresStorage, _emits, _pool
-from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import URL, until

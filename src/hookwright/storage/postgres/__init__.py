@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
+from hookwright.storage._emitted import Emitted
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._dsn import read_dsn
 from hookwright.storage.postgres._emits import Emits, Notifier, telling
-from hookwright.storage.postgres._enqueue import Emitted
 from hookwright.storage.postgres._listener import Listener
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
 

@@ -6,7 +6,8 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from hookwright._errors import StaleEndpoints, ValidationFailed
+from hookwright._errors import ValidationFailed
+from hookwright.storage._emitted import stale
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
 from hookwright.storage.postgres._enqueue import READ_COMMITTED, enqueue_all, enqueue_one
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from hookwright._models import Receipt
     from hookwright.storage._connections import CallersConnection
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.postgres._database import Names
-    from hookwright.storage.postgres._enqueue import Emitted
 
 IDENTITY = "SELECT value FROM hookwright.meta WHERE key = 'identity'"
 """The number that was drawn when the schema was made: no other has it, but for its copies."""
@@ -78,7 +79,7 @@ class Callers:
         # is seen from beside it only.
         revision = await self._revision()
         if any(emitted.endpoints_revision != revision for emitted in waiting):
-            raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+            raise stale()
         latest = [emitted._replace(endpoints_revision=None) for emitted in waiting]
         if len(latest) == 1:
             receipt = await enqueue_one(database, latest[0], self._channel, checked=True)

@@ -90,6 +90,11 @@ class Database:
         return int(await self.value("SELECT hookwright.clock()"))
 
 
+def columns_of(rows: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
+    """Return the columns of rows that have so many, as `unnest` takes them."""
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(count)]
+
+
 async def lock_lanes(database: Database, endpoint_ids: Sequence[str]) -> int:
     """Lock the lanes of these endpoints, in the order in which everybody does, and return the time after that.
 

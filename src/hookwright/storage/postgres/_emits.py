@@ -19,13 +19,14 @@ from hookwright._errors import (
     StorageError,
     StorageUnavailable,
 )
-from hookwright.storage.postgres._enqueue import Emitted, enqueue, enqueue_all, mark_own
+from hookwright.storage.postgres._enqueue import enqueue, enqueue_all, mark_own
 from hookwright.storage.postgres._pool import PATIENCE, CommitLost, closed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from hookwright._models import Receipt
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.postgres._database import Database
     from hookwright.storage.postgres._pool import Pool
 
@@ -45,10 +46,13 @@ NOTIFY_INTERVAL = 0.02
 """Seconds between two notifications of a process at least: each takes a lock of the whole server in its commit."""
 
 
+_NOTIFY = "SELECT pg_notify($1, '')"
+
+
 async def telling(operation: Callable[[Database], Awaitable[T]], channel: str, database: Database) -> T:
     """Do something of which others are told in its own transaction."""
     answer = await operation(database)
-    await database.fetch("SELECT pg_notify($1, '')", channel)
+    await database.fetch(_NOTIFY, channel)
     return answer
 
 
@@ -56,7 +60,7 @@ class Notifier:
     """Says in which transactions others are notified of new rows; what was left out is made up for."""
 
     def __init__(self, channel: str | None, pool: Pool) -> None:
-        self._channel = channel
+        self.channel = channel
         self._pool = pool
         self._last = 0.0
         self._owed: asyncio.TimerHandle | None = None
@@ -68,18 +72,14 @@ class Notifier:
         Later is after its commit: whoever looked before would find nothing, and not look again for seconds.
         """
         now = time.monotonic()
-        if self._channel is None or now >= self._last + NOTIFY_INTERVAL:
+        if self.channel is None or now >= self._last + NOTIFY_INTERVAL:
             self._last = now
-            return await write(self._channel)
+            return await write(self.channel)
         answer = await write(None)
         if self._owed is None:
             left = self._last + NOTIFY_INTERVAL - time.monotonic()
             self._owed = asyncio.get_running_loop().call_later(max(0.0, left), self._tell)
         return answer
-
-    def channel(self) -> str | None:
-        """Return the channel, for what is told of in any case."""
-        return self._channel
 
     def _tell(self) -> None:
         self._owed, self._last = None, time.monotonic()
@@ -90,7 +90,7 @@ class Notifier:
             await self._pool.run(self._hint, first=True, single=True)
 
     async def _hint(self, database: Database) -> None:
-        await database.fetch("SELECT pg_notify($1, '')", self._channel)
+        await database.fetch(_NOTIFY, self.channel)
 
     async def close(self) -> None:
         """Notify of what is owed, and no more."""

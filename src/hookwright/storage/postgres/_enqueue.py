@@ -7,30 +7,24 @@ the same id or idempotency key wait for each other, for which the second has `lo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
+from hookwright._errors import HookwrightError
 from hookwright._models import Receipt
+from hookwright.storage._emitted import stale, used_before
+from hookwright.storage.postgres._database import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookwright._models import EventRow, NewDelivery
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.postgres._database import Database
 
 
-class Emitted(NamedTuple):
-    """The arguments of one `Storage.enqueue`. `endpoints_revision` None: it is known to be the latest."""
-
-    event: EventRow
-    deliveries: Sequence[NewDelivery]
-    endpoints_revision: int | None
-
+READ_COMMITTED = "current_setting('transaction_isolation') = 'read committed'"
 
 # The order of ids and keys is that in which everybody inserts them: two that store the same ones wait in a line. What
 # is already there is left out, and looked at afterwards.
-READ_COMMITTED = "current_setting('transaction_isolation') = 'read committed'"
-
 ENQUEUE = """
 WITH current AS MATERIALIZED (
     SELECT value AS revision, hookwright.clock() AS now,
@@ -90,7 +84,7 @@ async def enqueue(
         before = await enqueue(database, waiting[:again], channel, hurried=hurried)
         return before + await enqueue(database, waiting[again:], channel, hurried=hurried)
     limit = HURRIED if hurried else None
-    revision, stored, _ = await database.first(ENQUEUE, *arguments(waiting, channel), limit)
+    revision, stored, _ = await database.first(ENQUEUE, *_arguments(waiting, channel), limit)
     return await _answers(database, waiting, revision, set(stored or ()))
 
 
@@ -104,10 +98,18 @@ async def _answers(
     for emitted in waiting:
         event = emitted.event
         if event.id in new:
-            found[event.id] = (event.id, event.digest, _count(emitted), event.tenant, event.idempotency_key, "", None)
+            found[event.id] = (
+                event.id,
+                event.digest,
+                emitted.delivery_count,
+                event.tenant,
+                event.idempotency_key,
+                "",
+                None,
+            )
             if event.idempotency_key is not None:
                 found[f"key {event.idempotency_key}"] = found[event.id]
-            answers.append(Receipt(event.id, _count(emitted)))
+            answers.append(Receipt(event.id, emitted.delivery_count))
         else:
             answers.append(_refused(emitted, found, revision))
     return answers
@@ -135,7 +137,7 @@ async def enqueue_one(
     at from beside it, unless that is `checked`.
     """
     rows = [(row.id, row.endpoint_id, row.available_at, row.skipped) for row in emitted.deliveries]
-    row = await database.first(_EMIT, *_event(emitted), *_columns(rows, 4), channel, checked)
+    row = await database.first(_EMIT, *_event(emitted), *columns_of(rows, 4), channel, checked)
     revision, stored, read_committed = row
     if not (stored or checked or read_committed):
         return None
@@ -188,17 +190,14 @@ def _refused(emitted: Emitted, found: dict[str, Any], revision: int) -> Receipt 
     event = emitted.event
     there = found.get(event.id) or found.get(f"key {event.idempotency_key}")
     if there is None:
-        return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+        return stale()
     id, digest, delivery_count, tenant, _, type, data = there
     if digest != event.digest and (id, type, data, tenant) != (event.id, event.type, event.data, event.tenant):
-        key = "event_id" if id == event.id else "idempotency_key"
-        # Another tenant's ids are not told.
-        which = f" (event {id})" if tenant == event.tenant else ""
-        return ConflictError(f"{key}: used before for another type, data, target or tenant{which}; use a new one")
+        return used_before(event, id, tenant)
     return Receipt(id, delivery_count, duplicate=True)
 
 
-def arguments(waiting: Sequence[Emitted], channel: str | None) -> tuple[Any, ...]:
+def _arguments(waiting: Sequence[Emitted], channel: str | None) -> tuple[Any, ...]:
     """Return what ENQUEUE takes: the columns of the events, those of their rows, and whom to tell."""
     events = [_event(emitted) for emitted in waiting]
     rows = [
@@ -206,7 +205,7 @@ def arguments(waiting: Sequence[Emitted], channel: str | None) -> tuple[Any, ...
         for emitted in waiting
         for row in emitted.deliveries
     ]
-    return (*_columns(events, 11), *_columns(rows, 5), channel)
+    return (*columns_of(events, 11), *columns_of(rows, 5), channel)
 
 
 def _event(emitted: Emitted) -> tuple[Any, ...]:
@@ -220,15 +219,7 @@ def _event(emitted: Emitted) -> tuple[Any, ...]:
         event.occurred_at,
         event.idempotency_key,
         event.digest,
-        _count(emitted),
+        emitted.delivery_count,
         event.trace_context,
         emitted.endpoints_revision,
     )
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(count)]
-
-
-def _count(emitted: Emitted) -> int:
-    return sum(not delivery.skipped for delivery in emitted.deliveries)

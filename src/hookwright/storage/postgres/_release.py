@@ -184,24 +184,3 @@ async def sweep(database: Database) -> bool:
         endpoints,
     )
     return False
-
-
-async def adopt(database: Database, endpoint_ids: Sequence[str], _now: int) -> None:
-    """See to it that rows are swept which were committed after their endpoint was deleted, or disabled, and swept.
-
-    The caller holds those of the lanes that exist. It waits for nobody but another that adopts or sweeps the same
-    deleted endpoint, and these wait for nothing that the caller holds.
-    """
-    ids = list(endpoint_ids)
-    await database.run(
-        "INSERT INTO hookwright.lane (endpoint_id, due_at, hold_until, sweep)"
-        " SELECT id, $2::bigint, $2::bigint, 'cancelled' FROM hookwright.endpoint"
-        " WHERE id = ANY($1::text[]) AND deleted ORDER BY id ON CONFLICT DO NOTHING",
-        ids,
-        FOREVER,
-    )
-    await database.run(
-        "UPDATE hookwright.lane AS l SET sweep = 'skipped' FROM hookwright.endpoint AS p WHERE p.id = l.endpoint_id"
-        " AND p.state = 'disabled' AND NOT p.deleted AND l.sweep IS NULL AND l.endpoint_id = ANY($1::text[])",
-        ids,
-    )

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 from hookwright._clock import FOREVER
 from hookwright._health import Change, came_true
 from hookwright._models import DeliveryState, Settled
+from hookwright.storage._emitted import Emitted
 from hookwright.storage._lane_health import LANE_COLUMNS, LaneHealth
 from hookwright.storage._rows import attempt_row
+from hookwright.storage.postgres._database import columns_of
 from hookwright.storage.postgres._endpoints import set_state
-from hookwright.storage.postgres._enqueue import Emitted, enqueue
+from hookwright.storage.postgres._enqueue import enqueue
 from hookwright.storage.postgres._lanes import TURN_BITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from hookwright._health import HealthPolicy
     from hookwright._models import Outcome
@@ -68,7 +70,7 @@ async def settle(
     outcomes: Sequence[Outcome],
     policy: HealthPolicy,
     unknown: Collection[str],
-    channel: Callable[[], str | None],
+    channel: str | None,
 ) -> list[Settled]:
     """See `Storage.settle`. `unknown` are tokens of results that may be written: then they are answered as held."""
     endpoints = sorted({outcome.endpoint_id for outcome in outcomes})
@@ -109,7 +111,7 @@ def all_succeeded(outcomes: Sequence[Outcome]) -> bool:
 async def settle_successes(database: Database, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
     """Do what `settle` does for results of which `all_succeeded`, in one call of a function in the server."""
     rows = [attempt_row(outcome.delivery_id, 0, outcome.attempt) for outcome in outcomes if outcome.attempt is not None]
-    _, _, started, duration, status, _, _, headers, body, truncated, sha256 = _columns(rows, 11)
+    _, _, started, duration, status, _, _, headers, body, truncated, sha256 = columns_of(rows, _ATTEMPT_COLUMNS)
     _, held, lanes, failures, stopped = await database.first(
         _SUCCEEDED,
         [outcome.delivery_id for outcome in outcomes],
@@ -191,14 +193,10 @@ class _Settling:
             lane = self._lanes[endpoint_id]
             lanes.append((endpoint_id, *lane.columns, lane.earned, lane.hold, due_at))
         return [
-            *_columns(self.ended, 8),
-            *_columns(self._attempts, _ATTEMPT_COLUMNS),
-            *_columns(lanes, _LANE_COLUMNS),
+            *columns_of(self.ended, 8),
+            *columns_of(self._attempts, _ATTEMPT_COLUMNS),
+            *columns_of(lanes, _LANE_COLUMNS),
         ]
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(count)]
 
 
 _WRITTEN = """
@@ -213,7 +211,7 @@ async def _written_before(
 ) -> list[Settled]:
     """Answer as held what was written by a commit whose answer never came."""
     told = [(o.delivery_id, o.attempt.started_at, o.attempt.duration) for o in outcomes if o.attempt is not None]
-    written = {row[0] for row in await database.fetch(_WRITTEN, *_columns(told, 3))}
+    written = {row[0] for row in await database.fetch(_WRITTEN, *columns_of(told, 3))}
     return [
         Settled(held=True, next_attempt_at=None if outcome.state.final else now + outcome.retry_in)
         if not answer.held and outcome.token in unknown and outcome.delivery_id in written
@@ -222,9 +220,7 @@ async def _written_before(
     ]
 
 
-async def _tell(
-    database: Database, settled: Iterable[tuple[Outcome, Settled]], channel: Callable[[], str | None]
-) -> None:
+async def _tell(database: Database, settled: Iterable[tuple[Outcome, Settled]], channel: str | None) -> None:
     """Store the operational events that came true, for endpoints that are still there."""
     emissions = [
         emission
@@ -243,5 +239,5 @@ async def _tell(
     await enqueue(
         database,
         [Emitted(event, [d for d in deliveries if d.endpoint_id in alive], None) for event, deliveries in emissions],
-        channel(),
+        channel,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
+from hookwright.storage._emitted import Emitted
 from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _requeue, _schema, _settle
 from hookwright.storage.sqlite._callers import Callers
 from hookwright.storage.sqlite._owner import BUSY_LIMIT, Connected, Database, Owner, closed, convert, transaction
@@ -153,13 +154,13 @@ class SQLiteStorage(Storage):
         connection: CallersConnection | None = None,
     ) -> Receipt:
         """See `Storage.enqueue`."""
-        emitted = _enqueue.Emitted(event, deliveries, endpoints_revision)
+        emitted = Emitted(event, deliveries, endpoints_revision)
         if connection is not None:
             return (await self._enqueue_through(connection, [emitted]))[0]
         receipt: Receipt = await self._opened().submit_to(self._enqueue_all, emitted)
         return receipt
 
-    def _enqueue_all(self, database: Database, waiting: list[_enqueue.Emitted]) -> list[Receipt | HookwrightError]:
+    def _enqueue_all(self, database: Database, waiting: list[Emitted]) -> list[Receipt | HookwrightError]:
         return _enqueue.enqueue(database, waiting, self._now())
 
     async def enqueue_many(
@@ -170,14 +171,12 @@ class SQLiteStorage(Storage):
         connection: CallersConnection | None = None,
     ) -> list[Receipt]:
         """See `Storage.enqueue_many`."""
-        waiting = [_enqueue.Emitted(*emission, endpoints_revision) for emission in emissions]
+        waiting = [Emitted(*emission, endpoints_revision) for emission in emissions]
         if connection is not None:
             return await self._enqueue_through(connection, waiting)
         return await self._write(lambda database, now: _enqueue.enqueue_many(database, waiting, now))
 
-    async def _enqueue_through(
-        self, connection: CallersConnection, waiting: Sequence[_enqueue.Emitted]
-    ) -> list[Receipt]:
+    async def _enqueue_through(self, connection: CallersConnection, waiting: Sequence[Emitted]) -> list[Receipt]:
         now = self._now()
         check_kind(connection, "sqlite", self)
         return await self._callers.enqueue(connection, waiting, now)

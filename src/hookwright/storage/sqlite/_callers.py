@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._errors import HookwrightError, ValidationFailed
 from hookwright.storage._connections import commits_alone
+from hookwright.storage._emitted import stale
 from hookwright.storage.sqlite import _enqueue, _schema
 from hookwright.storage.sqlite._owner import DRIVER_ERRORS, convert_callers, raised_in_trigger
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from hookwright._models import Receipt
     from hookwright.storage._connections import CallersConnection
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.sqlite._bulk import Statement
 
 _LOCK = "UPDATE hookwright_meta SET value = value WHERE key = 'endpoints_revision' RETURNING value"
@@ -39,9 +41,7 @@ class Callers:
         self._admitted: weakref.WeakSet[Any] = weakref.WeakSet()
         self._watched: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    async def enqueue(
-        self, connection: CallersConnection, waiting: Sequence[_enqueue.Emitted], now: int
-    ) -> list[Receipt]:
+    async def enqueue(self, connection: CallersConnection, waiting: Sequence[Emitted], now: int) -> list[Receipt]:
         """See `Storage.enqueue`: all or none."""
         try:
             await self._admit(connection)
@@ -124,13 +124,13 @@ def _same(found: str, file: Path) -> bool:
         return False
 
 
-async def _at_once(connection: CallersConnection, emitted: _enqueue.Emitted, statement: Statement) -> Receipt:
+async def _at_once(connection: CallersConnection, emitted: Emitted, statement: Statement) -> Receipt:
     """Emit with one statement, in a transaction that is open: it would be committed by itself in none."""
     try:
         await connection.fetch(*statement)
     except DRIVER_ERRORS as error:
         if _enqueue.STALE in str(error):
-            raise _enqueue.stale() from None
+            raise stale() from None
         if raised_in_trigger(error):  # a RAISE(FAIL) of somebody's backs out nothing
             await _take_back(connection, emitted.event.id)
         raise
@@ -150,7 +150,7 @@ async def _take_back(connection: CallersConnection, event_id: str) -> None:
 
 
 async def _all_or_none(
-    connection: CallersConnection, waiting: Sequence[_enqueue.Emitted], revision: int, now: int
+    connection: CallersConnection, waiting: Sequence[Emitted], revision: int, now: int
 ) -> list[Receipt]:
     try:
         await connection.fetch("SAVEPOINT hookwright_emit")

@@ -7,10 +7,11 @@ thread without a pause; through a connection of the caller's they go one by one.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from hookwright._errors import ConflictError, HookwrightError, StaleEndpoints
+from hookwright._errors import ConflictError, HookwrightError
 from hookwright._models import Receipt
+from hookwright.storage._emitted import stale, used_before
 from hookwright.storage.sqlite._bulk import inserts
 from hookwright.storage.sqlite._lanes import due, making_due, revision
 
@@ -19,19 +20,12 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from hookwright._models import EventRow, NewDelivery
+    from hookwright.storage._emitted import Emitted
     from hookwright.storage.sqlite._bulk import Statement
     from hookwright.storage.sqlite._owner import Database
 
     T = TypeVar("T")
     Steps = Generator[Statement, Sequence[Sequence[Any]], T]
-
-
-class Emitted(NamedTuple):
-    """The arguments of one `Storage.enqueue`."""
-
-    event: EventRow
-    deliveries: Sequence[NewDelivery]
-    endpoints_revision: int
 
 
 def enqueue_many(database: Database, waiting: Sequence[Emitted], now: int) -> list[Receipt]:
@@ -122,7 +116,7 @@ def _admit(emitted: Emitted, new: list[Emitted], current: int) -> Receipt | Hook
 
 def receipt(emitted: Emitted) -> Receipt:
     """Return the receipt of an event that is new."""
-    return Receipt(emitted.event.id, _count(emitted))
+    return Receipt(emitted.event.id, emitted.delivery_count)
 
 
 def _admit_keyed(emitted: Emitted, new: list[Emitted], current: int, now: int) -> Steps[Receipt | HookwrightError]:
@@ -136,11 +130,6 @@ def _admit_keyed(emitted: Emitted, new: list[Emitted], current: int, now: int) -
     if isinstance(answer, Receipt):  # at once, so that the next one in this group with the same key finds it
         yield from inserts("hookwright_event", [_event_row(emitted, now)])
     return answer
-
-
-def stale() -> StaleEndpoints:
-    """The error for an event that was matched against other endpoints than there are now."""
-    return StaleEndpoints("endpoints changed since they were matched: match again and repeat")
 
 
 def _is_keyed(event: EventRow) -> bool:
@@ -158,10 +147,7 @@ def _duplicate(event: EventRow) -> Steps[Receipt | None]:
         return None
     found = rows[0]
     if found[1] != event.digest:
-        key = "event_id" if found[0] == event.id else "idempotency_key"
-        # Another tenant's ids are not told.
-        which = f" (event {found[0]})" if found[3] == event.tenant else ""
-        raise ConflictError(f"{key}: used before for another type, data, target or tenant{which}; use a new one")
+        raise used_before(event, found[0], found[3])
     return Receipt(found[0], found[2], duplicate=True)
 
 
@@ -180,14 +166,10 @@ def _event_row(emitted: Emitted, now: int) -> tuple[Any, ...]:
         now,
         event.idempotency_key,
         event.digest,
-        _count(emitted),
+        emitted.delivery_count,
         event.trace_context,
         None,
     )
-
-
-def _count(emitted: Emitted) -> int:
-    return sum(not delivery.skipped for delivery in emitted.deliveries)
 
 
 def _delivery_row(event_id: str, delivery: NewDelivery, now: int) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from hookwright._errors import ConflictError, NotFound
 from hookwright._models import TEST_TYPE
 from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage._emitted import Emitted
 from hookwright.storage._rows import attempt_row
 from hookwright.storage.sqlite._bulk import insert_rows
 from hookwright.storage.sqlite._claim import record_interruption
-from hookwright.storage.sqlite._enqueue import Emitted, enqueue
+from hookwright.storage.sqlite._enqueue import enqueue
 from hookwright.storage.sqlite._lanes import UNLEASED, end_leases, make_due, revision
 
 if TYPE_CHECKING:

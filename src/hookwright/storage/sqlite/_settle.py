@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from hookwright._health import Change, came_true
 from hookwright._models import DeliveryState, Settled
+from hookwright.storage._emitted import Emitted
 from hookwright.storage._lane_health import LANE_COLUMNS, LaneHealth
 from hookwright.storage._rows import attempt_row
 from hookwright.storage.sqlite._bulk import at_once, insert_rows, update_alike
 from hookwright.storage.sqlite._endpoints import set_state
-from hookwright.storage.sqlite._enqueue import Emitted, enqueue
+from hookwright.storage.sqlite._enqueue import enqueue
 from hookwright.storage.sqlite._lanes import end_leases, make_due, revision
 
 if TYPE_CHECKING:
