@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
 from hookwright import DeliveryState, HookwrightError, StorageUnavailable
@@ -123,16 +124,22 @@ async def test_a_claim_that_is_done_late_is_given_back_without_an_interruption(
     monkeypatch.setattr(storages, "_LATE_LOOK", 0.01)
     async with scene(postgres_dsn, postgres_schema) as setting:
         storage, other = setting.storage, setting.direct.connection
+        wake = f"{postgres_schema}.wake"
+        between = await asyncpg.connect(postgres_dsn)
         await _settle_successes(setting)  # one is left that is due
-        await other.execute(f"BEGIN; LOCK TABLE {postgres_schema}.wake IN ACCESS EXCLUSIVE MODE")
+        await other.execute(f"BEGIN; LOCK TABLE {wake} IN ACCESS EXCLUSIVE MODE")
         late = asyncio.ensure_future(storage.claim(REQUEST))
-        await until(lambda: waiting(other, f"{postgres_schema}.wake", 1))
+        await until(lambda: waiting(other, wake, 1))
+        in_line = asyncio.ensure_future(between.execute(f"BEGIN; LOCK TABLE {wake} IN ACCESS EXCLUSIVE MODE"))
+        await until(lambda: waiting(other, wake, 2))
         setting.proxy.reset()
         with pytest.raises(CommitLost):
             await late
         empty = asyncio.ensure_future(storage.claim(REQUEST))
-        await until(lambda: waiting(other, f"{postgres_schema}.wake", 2))
+        await until(lambda: waiting(other, wake, 3))
         await other.execute("COMMIT")
+        await in_line  # the late one is done, and the other has not begun
+        await between.close()
         assert (await empty).leases == []  # the late one has them
         [lease] = await _claimed(storage)
         assert (lease.number, lease.interruptions, lease.taken_over) == (1, 0, False)
