@@ -48,7 +48,9 @@ LINES = [
         "storage.postgres._history",
         "storage.postgres._release",
     ],
-    ["storage.postgres._claim", "storage.postgres._emits", "storage.postgres._requeue", "storage.postgres._settle"],
+    ["storage.postgres._emits", "storage.postgres._requeue", "storage.postgres._settle"],
+    ["storage.postgres._claim"],
+    ["storage.postgres._turns"],
     ["storage.postgres"],
     ["storage.sqlite._claim", "storage.sqlite._endpoints", "storage.sqlite._enqueue", "storage.sqlite._history"],
     [

@@ -11,9 +11,8 @@ import pytest
 
 from hookwright import DeliveryState, HookwrightError, StorageUnavailable
 from hookwright._models import AttemptRecord, Claim, Emission, EndpointState, Settled
-from hookwright.storage import postgres as storages
 from hookwright.storage._base import ClaimRequest, DeliveryFilter
-from hookwright.storage.postgres import _emits, _listener
+from hookwright.storage.postgres import _emits, _listener, _turns
 from hookwright.storage.postgres._pool import CommitLost
 from tests.conftest import until
 from tests.postgres.cutting import Cut, Scene, idle, outcome, scene, tasks, waiting
@@ -121,7 +120,7 @@ async def test_a_claim_that_is_done_late_is_given_back_without_an_interruption(
     postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection is gone, and the server still works on it when the next claim looks for what it left."""
-    monkeypatch.setattr(storages, "_LATE_LOOK", 0.01)
+    monkeypatch.setattr(_turns, "_LATE_LOOK", 0.01)
     async with scene(postgres_dsn, postgres_schema) as setting:
         storage, other = setting.storage, setting.direct.connection
         wake = f"{postgres_schema}.wake"
@@ -143,7 +142,8 @@ async def test_a_claim_that_is_done_late_is_given_back_without_an_interruption(
         assert (await empty).leases == []  # the late one has them
         [lease] = await _claimed(storage)
         assert (lease.number, lease.interruptions, lease.taken_over) == (1, 0, False)
-        assert not storage._late_claims  # it is not looked for any more
+        assert storage._open is not None
+        assert not storage._open.turns._late  # it is not looked for any more
 
 
 async def _claimed(storage: PostgresStorage) -> list[Lease]:
@@ -201,9 +201,10 @@ class _Cutting:
 
     async def _put_back(self) -> None:
         await self._scene.direct.restore()
-        self._scene.storage._unknown.clear()
-        self._scene.storage._lost_claims.clear()
-        self._scene.storage._late_claims.clear()
+        assert self._scene.storage._open is not None
+        turns = self._scene.storage._open.turns
+        for known in (turns._unknown, turns._lost, turns._late):
+            known.clear()
 
     async def strike(self, number: int, action: Action) -> bool:
         """Cut at that statement, or while it connects (0); False when it was passed untouched."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -13,13 +12,14 @@ from hookwright._errors import ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._emitted import Emitted
-from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema, _settle
+from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema
 from hookwright.storage.postgres._callers import Callers
 from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._dsn import read_dsn
 from hookwright.storage.postgres._emits import Emits, Notifier, telling
 from hookwright.storage.postgres._listener import Listener
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
+from hookwright.storage.postgres._turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -62,14 +62,6 @@ _MIGRATION_LIMIT = 3600.0
 
 _BARRIER = 0.25
 """Seconds for which a claim waits for what was asked for before it; what takes longer waits for somebody's lock."""
-
-_LATE = 30.0
-"""Seconds for which a claim whose connection is gone may still arrive: the kernel gives up after 14, a statement ends
-after 10.
-"""
-
-_LATE_LOOK = 0.25
-"""Seconds between two looks for it."""
 
 
 class PostgresStorage(Storage):
@@ -121,10 +113,6 @@ class PostgresStorage(Storage):
         self._freed = False
         self._pruned = (0, "")
         self._writing: set[asyncio.Future[Any]] = set()
-        self._lost_claims: dict[str, asyncio.Future[Any]] = {}
-        self._late_claims: dict[str, float] = {}
-        self._looked = 0.0
-        self._unknown: set[str] = set()
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._shown!r})"
@@ -165,7 +153,8 @@ class PostgresStorage(Storage):
             raise
         notifier = Notifier(channel, pool)
         callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision, first=True))
-        self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers)
+        turns = Turns(pool, channel, clock.now, owner=self._owner, shared=self._shared)
+        self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers, turns)
         self._freed = False
 
     async def close(self) -> None:
@@ -239,62 +228,23 @@ class PostgresStorage(Storage):
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
         opened = self._opened()
-        if asked := self._writing | opened.emits.soon:
+        asked = self._writing | opened.emits.soon
+        offer = opened.turns.take(asked)
+        if asked and offer is None:
             _, late = await asyncio.wait(asked, timeout=_BARRIER)
             self._writing -= late  # the next claim does not wait for them again
             opened.emits.soon -= late
-        pool = opened.pool
-        await self._give_back_lost(pool)
-        token, begun = _claim.claim_token(), self._now()
-        claiming = asyncio.ensure_future(self._claim(pool, request, token))
+        token, claiming = opened.turns.claim(request, offer)
         try:
-            claim, now = await self._wrote(claiming)
+            claim, now, begun = await self._wrote(claiming)
         except (CommitLost, asyncio.CancelledError):
-            self._lost_claims[token] = claiming
+            opened.turns.lost(token, claiming)
             raise
         return _claim.in_our_time(claim, now - begun, now - self._now())
 
-    async def _claim(self, pool: Pool, request: ClaimRequest, token: str) -> tuple[Claim, int]:
-        claim = partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared)
-        return await pool.run(claim, first=True, single=True)
-
-    async def _give_back_lost(self, pool: Pool) -> None:
-        """End the leases of claims that were written, but whose answer nobody had."""
-        began = time.monotonic()
-        lost = {token: claiming for token, claiming in self._lost_claims.items() if claiming.done()}
-        late = list(self._late_claims) if began >= self._looked + _LATE_LOOK else []
-        if not lost and not late:
-            return
-        found = await pool.run(partial(_claim.give_back, tokens=[*lost, *late]), first=True)
-        self._looked = began
-        for token, claiming in lost.items():
-            self._lost_claims.pop(token, None)
-            if claiming.cancelled() or claiming.exception() is not None:
-                self._late_claims[token] = began + _LATE
-        self._late_claims = {
-            token: until for token, until in self._late_claims.items() if token not in found and began < until
-        }
-
     async def settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy = DEFAULT_HEALTH) -> list[Settled]:
         """See `Storage.settle`."""
-        return await self._wrote(self._settle(outcomes, policy))
-
-    async def _settle(self, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
-        tokens = {outcome.token for outcome in outcomes}
-        opened, unknown = self._opened(), self._unknown & tokens
-        run, channel = opened.pool.run, opened.notifier.channel
-        try:
-            if not unknown and _settle.all_succeeded(outcomes):
-                successes = partial(_settle.settle_successes, outcomes=outcomes, policy=policy)
-                answers = await run(successes, first=True, single=True)
-            else:
-                settle = partial(_settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=channel)
-                answers = await run(settle, first=True)
-        except CommitLost:
-            self._unknown |= tokens
-            raise
-        self._unknown -= tokens
-        return answers
+        return await self._wrote(self._opened().turns.settle(outcomes, policy))
 
     async def release(self, leases: Sequence[Lease], *, sent: bool = False, hold: int = 0) -> None:
         """See `Storage.release`."""
@@ -483,3 +433,4 @@ class _Open(NamedTuple):
     notifier: Notifier
     emits: Emits
     callers: Callers
+    turns: Turns

@@ -55,7 +55,7 @@ WITH current AS MATERIALIZED (
     INSERT INTO hookwright.wake (endpoint_id, available_at)
     SELECT endpoint_id, min(available_at) FROM rows WHERE NOT skipped GROUP BY endpoint_id
 )
-SELECT current.revision, (SELECT array_agg(id) FROM new),
+SELECT (SELECT array_agg(id) FROM new),
     CASE WHEN $17::text IS NOT NULL AND EXISTS (SELECT 1 FROM rows WHERE NOT skipped)
         THEN pg_notify($17, '') IS NULL END
 FROM current
@@ -84,13 +84,11 @@ async def enqueue(
         before = await enqueue(database, waiting[:again], channel, hurried=hurried)
         return before + await enqueue(database, waiting[again:], channel, hurried=hurried)
     limit = HURRIED if hurried else None
-    revision, stored, _ = await database.first(ENQUEUE, *_arguments(waiting, channel), limit)
-    return await _answers(database, waiting, revision, set(stored or ()))
+    stored = await database.value(ENQUEUE, *_arguments(waiting, channel), limit)
+    return await _answers(database, waiting, set(stored or ()))
 
 
-async def _answers(
-    database: Database, waiting: Sequence[Emitted], revision: int, new: set[str]
-) -> list[Receipt | HookwrightError]:
+async def _answers(database: Database, waiting: Sequence[Emitted], new: set[str]) -> list[Receipt | HookwrightError]:
     found: dict[str, Any] = {}
     if len(new) < len(waiting):
         found = await _found(database, [emitted for emitted in waiting if emitted.event.id not in new])
@@ -111,7 +109,7 @@ async def _answers(
                 found[f"key {event.idempotency_key}"] = found[event.id]
             answers.append(Receipt(event.id, emitted.delivery_count))
         else:
-            answers.append(_refused(emitted, found, revision))
+            answers.append(_refused(emitted, found))
     return answers
 
 
@@ -123,7 +121,7 @@ async def enqueue_all(
 
 
 _EMIT = """
-SELECT * FROM hookwright.emit_1($1::text, $2::text, $3::text, $4::bytea, $5::text, $6::bigint, $7::text, $8::bytea,
+SELECT hookwright.emit_1($1::text, $2::text, $3::text, $4::bytea, $5::text, $6::bigint, $7::text, $8::bytea,
     $9::int, $10::text, $11::bigint, $12::text[], $13::text[], $14::bigint[], $15::bool[], $16::text, $17::bool)
 """
 
@@ -137,11 +135,12 @@ async def enqueue_one(
     at from beside it, unless that is `checked`.
     """
     rows = [(row.id, row.endpoint_id, row.available_at, row.skipped) for row in emitted.deliveries]
-    row = await database.first(_EMIT, *_event(emitted), *columns_of(rows, 4), channel, checked)
-    revision, stored, read_committed = row
-    if not (stored or checked or read_committed):
+    stored = await database.value(_EMIT, *_event(emitted), *columns_of(rows, 4), channel, checked)
+    if stored < 0:
         return None
-    return _all(await _answers(database, [emitted], revision, {emitted.event.id} if stored else set()))[0]
+    if stored:
+        return Receipt(emitted.event.id, emitted.delivery_count)
+    return _all(await _answers(database, [emitted], set()))[0]
 
 
 def _all(answers: Sequence[Receipt | HookwrightError]) -> list[Receipt]:
@@ -185,7 +184,7 @@ async def _found(database: Database, missing: Sequence[Emitted]) -> dict[str, An
     return {row[0]: row for row in rows} | {f"key {row[4]}": row for row in rows if row[4] is not None}
 
 
-def _refused(emitted: Emitted, found: dict[str, Any], revision: int) -> Receipt | HookwrightError:
+def _refused(emitted: Emitted, found: dict[str, Any]) -> Receipt | HookwrightError:
     """Return why nothing was stored of one: it is there already, something else is, or endpoints changed."""
     event = emitted.event
     there = found.get(event.id) or found.get(f"key {event.idempotency_key}")
