@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import psycopg
@@ -98,8 +98,8 @@ async def test_a_role_needs_no_more_than_is_said(database: str, roles: dict[str,
             await dispatcher.endpoints.create(URL, events=["*"])
             await admin.execute(f"SET ROLE {emitter}")
             for isolation in ("read_committed", "serializable"):
-                async with admin.transaction(isolation=isolation):  # type: ignore[arg-type]  # one of the three
-                    key = {"idempotency_key": isolation, "connection": admin}
+                async with admin.transaction(isolation=isolation):
+                    key: dict[str, Any] = {"idempotency_key": isolation, "connection": admin}
                     one = await dispatcher.emit("video.ready", **key)
                     assert (await dispatcher.emit("video.ready", **key)).duplicate
                     [two] = await dispatcher.emit_many([NewEvent("video.ready")], connection=admin)
