@@ -20,6 +20,8 @@ from hookwright._models import DELIVERY_STATES
 
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+_EITHER = 'environ.get("DATABASE_URL"'
+"""An example with this runs on both databases: with the variable, and without it."""
 
 
 def _snippets() -> dict[str, str]:
@@ -32,6 +34,8 @@ def _snippets() -> dict[str, str]:
     for name, text in texts.items():
         for number, snippet in enumerate(_FENCE.findall(text), start=1):
             found[f"{name} {number}"] = snippet
+            if _EITHER in snippet:
+                found[f"{name} {number} without it"] = snippet
     return found
 
 
@@ -44,7 +48,9 @@ async def test_an_example_in_the_documentation_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     snippet = SNIPPETS[name]
-    if "DATABASE_URL" in snippet:
+    if name.endswith(" without it"):
+        monkeypatch.delenv("DATABASE_URL", raising=False)
+    elif "DATABASE_URL" in snippet:
         monkeypatch.setenv("DATABASE_URL", request.getfixturevalue("postgres_database"))
     if "fastapi" in snippet and "asyncio.run(" not in snippet:
         compile(snippet, name, "exec")  # an application's own framework; the lifespan itself is run in examples/

@@ -34,7 +34,7 @@ TABLES = {
 STATEMENTS = ("Q", "E")
 """Messages at which a statement begins. Not its preparation, which changes nothing."""
 
-_NOT_THE_VERBS = ("typeinfo_tree", "set_config('jit'", "SET hookwright.now")
+_NOT_THE_VERBS = ("typeinfo_tree", "set_config('jit'", "SET manual.now")
 """What is in the driver's own questions about types, and in what tells a single statement the time."""
 
 

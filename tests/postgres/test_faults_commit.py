@@ -210,24 +210,36 @@ async def test_each_of_several_is_told_its_own_id(
     assert await stored(postgres_dsn, postgres_schema) == (5, 5)
 
 
-@pytest.mark.parametrize("text", ["BEGIN", STATEMENT])
-@pytest.mark.parametrize("pooler", [False, True])
-async def test_a_transaction_that_never_came_to_its_commit_is_not_stored_and_says_so(
+@pytest.mark.parametrize(
+    ("where", "form"),
+    [
+        ("nothing can be connected to", "one"),
+        ("cut at login", "one"),
+        ("BEGIN", "many"),
+        ("BEGIN", "pooler"),
+        (STATEMENT, "many"),
+        (STATEMENT, "pooler"),
+    ],
+)
+async def test_what_never_came_to_its_commit_is_not_stored_and_says_so(
     proxy: Proxy,
     postgres_dsn: str,
     postgres_schema: str,
-    text: str,
-    pooler: bool,
+    where: str,
+    form: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def emit(dispatcher: Dispatcher) -> Receipt:
-        if pooler:
-            return await dispatcher.emit("video.ready", 1)
-        return (await dispatcher.emit_many([NewEvent("video.ready", 1)]))[0]
+        if form == "many":
+            return (await dispatcher.emit_many([NewEvent("video.ready", 1)]))[0]
+        return await dispatcher.emit("video.ready", 1)
 
     monkeypatch.setattr(_emits, "PATIENCE", PATIENCE)
-    async with emitting(proxy, postgres_schema, pooler=pooler) as dispatcher:
-        proxy.on_message = unreachable_from(proxy, text, Action.CUT_AFTER)
+    async with emitting(proxy, postgres_schema, pooler=form == "pooler") as dispatcher:
+        if where in ("BEGIN", STATEMENT):
+            proxy.on_message = unreachable_from(proxy, where, Action.CUT_AFTER)
+        else:
+            await _keep_out(proxy, dispatcher, at_login=where == "cut at login")
         await _unavailable(emit(dispatcher))
         assert await stored(postgres_dsn, postgres_schema) == (0, 0)
         proxy.on_message = None
@@ -236,25 +248,15 @@ async def test_a_transaction_that_never_came_to_its_commit_is_not_stored_and_say
     assert await stored(postgres_dsn, postgres_schema) == (1, 1)
 
 
-@pytest.mark.parametrize("how", ["refused", "cut at login"])
-async def test_where_nobody_could_be_reached_nothing_is_stored_and_it_says_so(
-    proxy: Proxy, postgres_dsn: str, postgres_schema: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_emits, "PATIENCE", PATIENCE)
-    async with emitting(proxy, postgres_schema) as dispatcher:
-        opened: Any = dispatcher._storage
-        if how == "refused":
-            await proxy.refuse()
-        else:
-            proxy.on_message = lambda message: Action.CUT_BEFORE if message.kind == "startup" else None
-        proxy.reset()
-        await until(lambda: not opened._open.pool._made)
-        await _unavailable(dispatcher.emit("video.ready", 1))
-        assert await stored(postgres_dsn, postgres_schema) == (0, 0)
-        proxy.on_message = None
-        await proxy.accept()
-        assert not (await dispatcher.emit("video.ready", 1)).duplicate
-    assert await stored(postgres_dsn, postgres_schema) == (1, 1)
+async def _keep_out(proxy: Proxy, dispatcher: Dispatcher, *, at_login: bool) -> None:
+    """Cut every connection, and let none be made again."""
+    opened: Any = dispatcher._storage
+    if at_login:
+        proxy.on_message = lambda message: Action.CUT_BEFORE if message.kind == "startup" else None
+    else:
+        await proxy.refuse()
+    proxy.reset()
+    await until(lambda: not opened._open.pool._made)
 
 
 async def _unavailable(emitting: Awaitable[Receipt]) -> None:
@@ -337,61 +339,61 @@ async def test_the_same_id_twice_at_once_is_one_event_and_one_duplicate_beside_s
     assert await stored(postgres_dsn, postgres_schema) == (2, 2)
 
 
+@asynccontextmanager
+async def held_up(
+    dsn: str, schema: str, emit: Awaitable[Receipt]
+) -> AsyncIterator[tuple[asyncio.Future[Receipt], asyncpg.Connection]]:
+    """An emit whose statement is under way and waits for a lock, and who holds that, until he commits."""
+    other = await asyncpg.connect(dsn)
+    try:
+        await other.execute(f"BEGIN; LOCK TABLE {schema}.wake IN ACCESS EXCLUSIVE MODE")
+        under_way = asyncio.ensure_future(emit)
+        await until(lambda: waiting(other, f"{schema}.wake", 1))
+        yield under_way, other
+    finally:
+        other.terminate()
+
+
 async def test_a_statement_that_is_done_late_is_waited_for(
     proxy: Proxy, postgres_dsn: str, postgres_schema: str
 ) -> None:
     """The connection breaks, and the server still works on what it was sent."""
     async with emitting(proxy, postgres_schema) as dispatcher:
-        other = await asyncpg.connect(postgres_dsn)
-        try:
-            await other.execute(f"BEGIN; LOCK TABLE {postgres_schema}.wake IN ACCESS EXCLUSIVE MODE")
-            emit = asyncio.ensure_future(dispatcher.emit("video.ready", 1, idempotency_key="k"))
-            await until(lambda: waiting(other, f"{postgres_schema}.wake", 1))
+        asked = dispatcher.emit("video.ready", 1, idempotency_key="k")
+        async with held_up(postgres_dsn, postgres_schema, asked) as (emit, other):
             proxy.reset()
             await until(lambda: waiting(other, f"{postgres_schema}.wake", 2))
             assert not emit.done()
             await other.execute("COMMIT")
             assert not (await emit).duplicate
-        finally:
-            other.terminate()
     assert await stored(postgres_dsn, postgres_schema) == (1, 1)
 
 
 async def test_closing_while_a_statement_is_under_way_says_that_nobody_knows(
     proxy: Proxy, postgres_dsn: str, postgres_schema: str
 ) -> None:
-    other = await asyncpg.connect(postgres_dsn)
-    try:
-        async with emitting(proxy, postgres_schema) as dispatcher:
-            await other.execute(f"BEGIN; LOCK TABLE {postgres_schema}.wake IN ACCESS EXCLUSIVE MODE")
-            emit = asyncio.ensure_future(dispatcher.emit("video.ready", 1, event_id="evt_mine"))
-            await until(lambda: waiting(other, f"{postgres_schema}.wake", 1))
+    async with emitting(proxy, postgres_schema) as dispatcher:
+        asked = dispatcher.emit("video.ready", 1, event_id="evt_mine")
+        async with held_up(postgres_dsn, postgres_schema, asked) as (emit, _):
             storage: Any = dispatcher._storage
             await asyncio.wait_for(storage.close(), 2)
             with pytest.raises(CommitUnknown) as raised:
                 await asyncio.wait_for(emit, 1)
             assert raised.value.event_id == "evt_mine"
-        await other.execute("COMMIT")
-    finally:
-        other.terminate()
+            await dispatcher.aclose()
 
 
 async def test_a_caller_that_is_cancelled_has_its_event_stored_whole(
     proxy: Proxy, postgres_dsn: str, postgres_schema: str
 ) -> None:
     async with emitting(proxy, postgres_schema) as dispatcher:
-        other = await asyncpg.connect(postgres_dsn)
-        try:
-            await other.execute(f"BEGIN; LOCK TABLE {postgres_schema}.wake IN ACCESS EXCLUSIVE MODE")
-            emit = asyncio.ensure_future(dispatcher.emit("video.ready", 1, event_id="evt_mine"))
-            await until(lambda: waiting(other, f"{postgres_schema}.wake", 1))
+        asked = dispatcher.emit("video.ready", 1, event_id="evt_mine")
+        async with held_up(postgres_dsn, postgres_schema, asked) as (emit, other):
             emit.cancel()
             await asyncio.wait({emit})
             assert emit.cancelled()
             await other.execute("COMMIT")
             assert (await dispatcher.emit("video.ready", 1, event_id="evt_mine")).duplicate
-        finally:
-            other.terminate()
     assert await stored(postgres_dsn, postgres_schema) == (1, 1)
 
 

@@ -16,6 +16,7 @@ from hookwright.storage.postgres import _emits, _listener, _turns
 from hookwright.storage.postgres._pool import CommitLost
 from tests.conftest import until
 from tests.postgres.cutting import Cut, Scene, idle, outcome, scene, tasks, waiting
+from tests.postgres.manual import remember_types
 from tests.postgres.proxy import Action
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ async def test_verbs_cut_at_any_statement_are_there_whole_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(_listener, "PING_INTERVAL", 3600.0)  # each wait of it is a task, which no verb left behind
     monkeypatch.setattr(_emits, "NOTIFY_INTERVAL", 0.0)  # others are told in the transaction, and not in one after it
+    remember_types(monkeypatch)
     async with scene(postgres_dsn, postgres_schema) as setting:
         for name in list(VERBS)[number::SCENES]:
             await _cut_everywhere(name, _Cutting(setting, VERBS[name], single=name in SINGLE))

@@ -423,7 +423,7 @@ async def test_leases_last_as_the_servers_clock_says_whatever_a_machines_own_doe
 
 @pytest.mark.parametrize("ahead", [HOURS, -HOURS])
 async def test_a_machine_whose_clock_is_hours_off_delivers_and_retries_in_time(several: Several, ahead: int) -> None:
-    there = FakeTransport([503, 503, 200])
+    there = FakeTransport([503, 500, 200])  # the first also closes the endpoint for a second
     profiles = {"default": Profile(retry=RetryPolicy.schedule(0, 0.2, 0.2))}
     await several.dispatcher(there, clock=Ahead(ahead), profiles=profiles)
     emitting = await several.dispatcher(FakeTransport(), deliver=False)
