@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
-from hookwright.testing import StorageContract
+from hookwright.testing import CallersContract, StorageContract
 from tests.postgres.manual import ManualPostgresStorage
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hookwright import Storage
 
 
-class TestPostgresStorage(StorageContract):
+class TestPostgresStorage(CallersContract, StorageContract):
     @pytest.fixture(autouse=True)
     def server(self, postgres_dsn: str, new_schema: Callable[[], str]) -> None:
         self._dsn = postgres_dsn
