@@ -112,9 +112,7 @@ class PostgresStorage(Storage):
         self._poll_only = poll_only
         self._connections = connections
         self._shared = shared_concurrency
-        # By its number others see whether this process is alive (see acquire); by one below 0 nobody does.
-        owner = random.SystemRandom().getrandbits(62)
-        self._owner = -owner if poll_only else owner
+        self._owner = 0
         self._open: _Open | None = None
         self._closing: asyncio.Event = asyncio.Event()
         self._closed: asyncio.Task[None] | None = None
@@ -148,6 +146,7 @@ class PostgresStorage(Storage):
             await asyncio.shield(self._closed)
         self._closed = None
         self._closing.clear()
+        self._begin_anew()
         pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, settings=self._settings)
         channel = None if self._poll_only else self._names.channel
         listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
@@ -166,7 +165,15 @@ class PostgresStorage(Storage):
         notifier = Notifier(channel, pool)
         callers = Callers(self._names, identity, channel, partial(pool.run, _endpoints.revision, first=True))
         self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers)
-        self._freed = False
+
+    def _begin_anew(self) -> None:
+        """Forget what was open before: its leases are a dead process's, which `acquire` frees."""
+        # By its number others see whether this process is alive (see acquire); by one below 0 nobody does.
+        owner = random.SystemRandom().getrandbits(62)
+        self._owner = -owner if self._poll_only else owner
+        self._freed, self._pruned, self._looked = False, (0, ""), 0.0
+        for known in (self._unknown, self._lost_claims, self._late_claims):
+            known.clear()
 
     async def close(self) -> None:
         """See `Storage.close`. What is under way has 0.3 s; what was not written by then may or may not be."""
