@@ -8,15 +8,17 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import asyncpg
+import psycopg
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from hookwright import Clock, Dispatcher, HookwrightError, NewEvent, StorageError, StorageUnavailable
 from hookwright.storage.postgres import PostgresStorage
 from hookwright.testing import FakeTransport
 from tests.conftest import URL, until
-from tests.postgres.application import application
+from tests.postgres.application import DRIVERS, KINDS, application
 from tests.postgres.cutting import scene
-from tests.postgres.proxy import Action, Proxy
+from tests.postgres.proxy import Action, Proxy, at_statement
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -82,17 +84,18 @@ async def test_who_cannot_be_reached_is_named_by_host_port_and_database(
     assert told.startswith("PostgreSQL (postgresql:///nowhere/at/all/app) cannot be reached: ")
 
 
-async def test_a_server_that_ends_the_connection_is_named(postgres_dsn: str, postgres_schema: str) -> None:
-    async with application(postgres_dsn, postgres_schema) as app:
-        storage = PostgresStorage(postgres_dsn, schema=postgres_schema)
+async def test_whose_connection_was_lost_is_named(postgres_dsn: str, postgres_schema: str) -> None:
+    async with Proxy(postgres_dsn) as proxy:
+        storage = PostgresStorage(proxy.dsn, schema=postgres_schema)
         await storage.open(Clock())
         try:
-            with pytest.raises(StorageUnavailable) as caught:
-                await storage._read(lambda database: database.fetch("SELECT pg_terminate_backend(pg_backend_pid())"))
+            proxy.on_message = at_statement("FROM", Action.CUT_BEFORE)
+            with pytest.raises(StorageUnavailable, match="the connection to PostgreSQL was lost") as caught:
+                await storage.get_delivery("dlv_1")
         finally:
             await storage.close()
-        assert str(caught.value).endswith(repr(storage).partition("'")[2].partition("'")[0])
-        assert (await app.dispatcher.health()).problems == ()
+    [_, shown, _] = repr(storage).split("'")
+    assert str(caught.value).endswith(f": {shown}")
 
 
 @asynccontextmanager
@@ -133,6 +136,7 @@ async def test_a_user_who_may_not_emit_is_told_what_to_grant_and_that_is_enough(
         await app.delivered("evt_1", *(receipt.event_id for receipt in several))
 
 
+@pytest.mark.parametrize("kind", DRIVERS)
 @pytest.mark.parametrize(
     ("before", "advice"),
     [
@@ -141,21 +145,18 @@ async def test_a_user_who_may_not_emit_is_told_what_to_grant_and_that_is_enough(
     ],
 )
 async def test_a_transaction_that_cannot_take_an_event_says_what_to_do(
-    postgres_dsn: str, postgres_schema: str, before: str, advice: str
+    postgres_dsn: str, postgres_schema: str, kind: str, before: str, advice: str
 ) -> None:
-    async with application(postgres_dsn, postgres_schema) as app:
+    async with application(postgres_dsn, postgres_schema) as app, KINDS[kind](postgres_dsn) as caller:
         await app.dispatcher.endpoints.create(URL, events=["*"])
-        connection = await asyncpg.connect(postgres_dsn)
-        try:
-            await connection.execute("BEGIN")
-            with suppress(asyncpg.DivisionByZeroError):
-                await connection.execute(before)
-            with pytest.raises(HookwrightError, match=advice) as caught:
-                await app.dispatcher.emit("video.ready", connection=connection)
-            assert type(caught.value) is StorageError
-            await connection.execute("ROLLBACK; BEGIN")
-            receipt = await app.dispatcher.emit("video.ready", connection=connection)
-            await connection.execute("COMMIT")
-            await app.delivered(receipt.event_id)
-        finally:
-            await connection.close()
+        await caller.begin()
+        with suppress(asyncpg.PostgresError, psycopg.Error, DBAPIError):
+            await caller.run(before)
+        with pytest.raises(HookwrightError, match=advice) as caught:
+            await app.dispatcher.emit("video.ready", connection=caller.connection)
+        assert type(caught.value) is StorageError
+        await caller.rollback()
+        await caller.begin()
+        receipt = await app.dispatcher.emit("video.ready", connection=caller.connection)
+        await caller.commit()
+        await app.delivered(receipt.event_id)
