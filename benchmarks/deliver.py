@@ -94,6 +94,7 @@ async def _delivered(
         for endpoint in endpoints:
             await dispatcher.endpoints.resume(endpoint.id)
         left = (await dispatcher.health()).pending  # what resuming costs is not a delivery's
+        assert left is not None
         cpu, begin = time.process_time(), time.perf_counter()
         async with watch.probing():
             await dispatcher.drain()

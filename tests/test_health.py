@@ -208,7 +208,8 @@ async def test_a_rate_limit_spaces_attempts(storage_url: str) -> None:
 async def test_the_dispatchers_health_in_every_state(storage_url: str, clock: VirtualClock) -> None:
     transport = FakeTransport()
     dispatcher = Dispatcher(storage_url, transport=transport, clock=clock)
-    assert (await dispatcher.health()).state == "new"
+    health = await dispatcher.health()
+    assert (health.state, health.pending, health.leased) == ("new", None, None)
     async with dispatcher:
         transport.respond(URL, transport.hang)
         await dispatcher.endpoints.create(URL, events=["*"])
@@ -224,7 +225,8 @@ async def test_the_dispatchers_health_in_every_state(storage_url: str, clock: Vi
         await dispatcher.drain(timeout=5)
         health = await dispatcher.health()
         assert (health.pending, health.oldest_due, health.lag) == (0, None, 30.0)
-    assert (await dispatcher.health()).state == "closed"
+    health = await dispatcher.health()
+    assert (health.state, health.pending, health.leased) == ("closed", None, None)
 
 
 async def test_an_endpoint_that_cannot_be_sent_to_and_a_broken_storage_are_named(clock: VirtualClock) -> None:
@@ -251,3 +253,6 @@ async def test_an_endpoint_that_cannot_be_sent_to_and_a_broken_storage_are_named
             "degraded",
             "the storage cannot be read: StorageError: the disk is gone",
         )
+        assert (health.pending, health.leased, health.oldest_due) == (None, None, None)
+        storage.broken = False
+        assert (await dispatcher.health()).pending == 1

@@ -1,6 +1,7 @@
 """hookwright: an embeddable, durable webhook dispatcher for asyncio applications.
 
-Start with `Dispatcher`. Receivers verify with `hookwright.receiver`; tests use `hookwright.testing`.
+Start with `Dispatcher`, on SQLite (the default) or PostgreSQL. Receivers verify with `hookwright.receiver`; tests use
+`hookwright.testing`.
 """
 
 from hookwright._addresses import NetworkPolicy

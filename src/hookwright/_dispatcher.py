@@ -70,15 +70,15 @@ class _State(Enum):
 class Dispatcher:
     """Emits events to subscribed HTTP endpoints: durably, signed, retried, without another service.
 
-    `storage` is `"sqlite:///hooks.db"` (relative), `"sqlite:////var/lib/hooks.db"` (absolute), `"memory:"` (lost with
-    the process: for tests), or a Storage. `profiles` name the ways endpoints are spoken to. `network` says where may be
-    sent to: by default what the transport was given, or else public addresses over HTTPS only. `concurrency` attempts
-    are in flight at once, of these `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast
-    the longest attempt by 10 s;
-    `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None: never) go, unless
-    a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never), and at least 20, is
-    disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of what happens to
-    endpoints and failed deliveries: `hookwright.endpoint.failing`, `.recovered`, `.disabled` and
+    `storage` is `"sqlite:///hooks.db"` (relative), `"sqlite:////var/lib/hooks.db"` (absolute),
+    `"postgresql://user:password@host/database"`, `"memory:"` (lost with the process: for tests), or a Storage, such as
+    `PostgresStorage(...)`. `profiles` name the ways endpoints are spoken to. `network` says where may be sent to: by
+    default what the transport was given, or else public addresses over HTTPS only. `concurrency` attempts are in flight
+    at once, of these `endpoint_concurrency` to one endpoint. Times are in seconds: a `lease` must outlast the longest
+    attempt by 10 s; `shutdown_timeout` is how long `aclose` lets attempts finish. Events older than `retention` (None:
+    never) go, unless a delivery is pending. An endpoint with nothing but failures for `disable_after` (None: never),
+    and at least 20, is disabled. With a `catalogue`, only its event types exist. `operational_events` makes events of
+    what happens to endpoints and failed deliveries: `hookwright.endpoint.failing`, `.recovered`, `.disabled` and
     `hookwright.delivery.failed`, for endpoints that subscribe to them or to `hookwright.*` (`*` does not match them).
     They carry the tenant of the endpoint that they are about: an operator's endpoint has `tenant=ALL_TENANTS`.
     `endpoint_id_prefix` begins the ids of endpoints; `random` spreads pauses. `deliver=False` makes a process that
@@ -86,7 +86,7 @@ class Dispatcher:
     values: the first does, the others still open what they once encrypted (see `endpoints.reencrypt`). An endpoint
     whose key is missing is held, never sent to unsigned. `keys=[]` stores clear text; so does None, with a warning.
 
-    Several processes may share one SQLite file: one delivers, the others stand by and take over when it ends.
+    Processes may share a storage. On SQLite one delivers and others stand by to take over; on PostgreSQL all deliver.
 
     Raises ConfigurationError for settings that do not go together.
 
@@ -356,7 +356,7 @@ class Dispatcher:
 
         Works before start and after close too, and says so; a storage that cannot answer is one of the `problems`.
         """
-        pending, leased, oldest = 0, 0, None
+        pending = leased = oldest = None
         if self._state is _State.RUNNING:
             try:
                 pending, leased, oldest = await self._storage.backlog()

@@ -41,6 +41,10 @@ class Events:
         What of it is still waiting is cancelled. On SQLite the bytes are gone from the file and from its WAL when this
         returns. Harmless when repeated. Raises NotFound, or StorageBusy when somebody else's read transaction keeps
         the WAL from being emptied for 5 s: the data is gone from the database all the same, and repeating helps.
+
+        On PostgreSQL an event with more than 1,000 deliveries is hidden at once, then cancelled a thousand at a time,
+        and its data removed after that; until its turn comes a delivery may still be sent. When this raises midway (a
+        StorageError), repeat it: it goes on.
         """
         await self.get(event_id, tenant=tenant)
         self._on_cancelled(await self._storage.expunge(event_id))

@@ -211,14 +211,15 @@ class Health(NamedTuple):
     `state` is `new`, `healthy`, `degraded` (something is wrong, and it goes on trying), `standby` (another process
     delivers), `failed` (somebody has to look) or `closed`; docs/reliability.md says what to do in each. `problems` say
     in words what is wrong, endpoints that cannot be sent to included. `pending` and `leased` deliveries are counted up
-    to 10,000. `oldest_due` is how long (seconds) the oldest delivery that could be sent now has been waiting; `lag` how
-    late the last attempt began (held back by a pause or a limit, too). `lost_leases` counts results that came too late.
+    to 10,000; None: not known, as the storage is not open or cannot be read. `oldest_due` is how long (seconds) the
+    oldest delivery that could be sent now has been waiting, as far as is known; `lag` how late the last attempt began
+    (held back by a pause or a limit, too). `lost_leases` counts results that came too late.
     """
 
     state: str
     is_delivering: bool
-    pending: int
-    leased: int
+    pending: int | None
+    leased: int | None
     in_flight: int
     oldest_due: float | None
     lag: float

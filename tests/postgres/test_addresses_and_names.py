@@ -40,6 +40,10 @@ def test_an_address_that_cannot_be_read_is_refused_and_not_shown(address: str) -
     [
         (f"postgresql://app:{SECRET}@db.example:6432/app?sslmode=require", "postgresql://db.example:6432/app"),
         (f"postgres://app:{SECRET}@db.example/app", "postgresql://db.example/app"),
+        (
+            f"postgresql://?host=db.example&port=6432&user=app&password={SECRET}&database=app",
+            "postgresql://db.example:6432/app",
+        ),
         ("postgresql:///app?host=/var/run/postgresql", "postgresql:///var/run/postgresql/app"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
-from hookwright.testing import StorageContract
+from hookwright.testing import CallersContract, StorageContract
 from tests.postgres.cutting import TABLES
 from tests.postgres.manual import ManualPostgresStorage, remember_types
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hookwright import Storage
 
 
-class TestPostgresStorage(StorageContract):
+class TestPostgresStorage(CallersContract, StorageContract):
     @pytest.fixture(autouse=True)
     def server(self, postgres_dsn: str, new_schema: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
         remember_types(monkeypatch)

@@ -10,14 +10,14 @@ import aiosqlite
 import pytest
 
 from hookwright import SQLiteStorage, Storage
-from hookwright.testing import StorageContract
+from hookwright.testing import CallersContract, StorageContract
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
 
-class TestSQLiteStorage(StorageContract):
+class TestSQLiteStorage(CallersContract, StorageContract):
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         self._folder = tmp_path_factory.mktemp("storage")

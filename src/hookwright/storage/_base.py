@@ -400,7 +400,9 @@ class Storage(ABC):
     async def expunge(self, event_id: str) -> list[str]:
         """Remove an event's data and attributes, and its attempts' responses, for good: from the file and its WAL too.
 
-        The records stay. Its pending deliveries are cancelled, and their ids returned. NotFound: unknown event.
+        The records stay. Its pending deliveries are cancelled, and their ids returned. It may take several transactions
+        where there are many: then the first hides the data from whoever reads, no delivery is sent without it, and what
+        ended midway goes on when it is given again. NotFound: unknown event.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hookwright._clock import FOREVER, SECOND, Clock
-from hookwright._errors import ConflictError, HookwrightError, NotFound, StaleEndpoints, StorageError
+from hookwright._errors import ConflictError, HookwrightError, NotFound, StorageError
 from hookwright._health import Change, EndpointHealth, came_true, cool_down
 from hookwright._ids import new_token
 from hookwright._models import (
@@ -38,6 +38,7 @@ from hookwright.storage._base import (
 )
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._cursor import decode_cursor, encode_cursor
+from hookwright.storage._emitted import stale, used_before
 from hookwright.storage._memory_history import MemoryHistory, MemoryLane, MemoryRow, interrupt, new_row
 
 if TYPE_CHECKING:
@@ -115,13 +116,10 @@ class MemoryStorage(MemoryHistory):
         if known is not None:
             stored, _, count = self._events[known]
             if stored.digest != event.digest:
-                name = "event_id" if known == event.id else "idempotency_key"
-                raise ConflictError(
-                    f"{name}: it was used before for another type, data, target or tenant (event {known})"
-                )
+                raise used_before(event, known, stored.tenant)
             return Receipt(known, count, duplicate=True)
         if endpoints_revision != self._revision:
-            raise StaleEndpoints("endpoints changed since they were matched: match again and repeat")
+            raise stale()
         ids = [delivery.id for delivery in deliveries]
         if len(set(ids)) < len(ids) or not self._rows.keys().isdisjoint(ids):
             raise StorageError("a delivery id was used before: make a new one for each delivery")

@@ -12,14 +12,16 @@ from hookwright.testing._transport import FakeTransport
 
 if TYPE_CHECKING:
     # Not in __all__: `from hookwright.testing import *` must not need what the contracts need.
+    from hookwright.testing._storage_contract import CallersContract as CallersContract
     from hookwright.testing._storage_contract import StorageContract as StorageContract
     from hookwright.testing._transport_contract import TransportContract as TransportContract
 
 __all__ = ["FakeTransport", "Inbox", "Received", "VirtualClock"]
 
-_STORAGE_PARTS = ("base", "cancel", "endpoints", "hands", "history", "lanes", "law", "outbox")
+_STORAGE_PARTS = ("base", "callers", "cancel", "endpoints", "fence", "hands", "history", "lanes", "law", "outbox")
 _TRANSPORT_PARTS = ("addresses", "base", "endings", "floods", "framing", "pools", "targets", "tls", "watch")
 _CONTRACTS = {
+    "CallersContract": ("hookwright.testing._storage_contract", _STORAGE_PARTS),
     "StorageContract": ("hookwright.testing._storage_contract", _STORAGE_PARTS),
     "TransportContract": ("hookwright.testing._transport_contract", _TRANSPORT_PARTS),
 }

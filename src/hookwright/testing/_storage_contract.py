@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hookwright.testing._storage_contract_callers import CallersContract
+from hookwright.testing._storage_contract_callers import CallersContract, ForeignConnectionContract
 from hookwright.testing._storage_contract_cancel import CancellationContract, NeighbourContract
 from hookwright.testing._storage_contract_endpoints import EndpointContract, SweepContract
 from hookwright.testing._storage_contract_fence import FenceContract
@@ -20,10 +20,12 @@ from hookwright.testing._storage_contract_lanes import NextDueContract, RoomCont
 from hookwright.testing._storage_contract_law import LaneLawContract
 from hookwright.testing._storage_contract_outbox import EnqueueContract, ReleaseContract, SettleContract
 
+__all__ = ["CallersContract", "StorageContract"]
+
 
 class StorageContract(
     EnqueueContract,
-    CallersContract,
+    ForeignConnectionContract,
     SettleContract,
     FenceContract,
     ReleaseContract,
@@ -51,8 +53,8 @@ class StorageContract(
     Needs pytest, pytest-asyncio in auto mode, and Hypothesis. `make_storage` returns a new, empty storage that is not
     open; it may be called several times in a test. A durable storage also says what the next process would use:
     `reopen` returns another object on the same rows. A storage that loses everything with its object keeps the
-    default, which is the same object again. `callers_transaction` opens a connection of an application's, if one can
-    reach the storage's database. Time is set by hand and begins in 2026; nothing sleeps.
+    default, which is the same object again. Where a connection of an application's can reach the storage's database,
+    put `CallersContract` beside it. Time is set by hand and begins in 2026; nothing sleeps.
 
     ```python
     from hookwright import MemoryStorage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +36,8 @@ class _RolledBackError(Exception):
     """Ends a transaction of the application's without a commit."""
 
 
-class CallersContract(ContractBase):
-    """`connection=`. A storage whose `callers_transaction` is None is only asked to refuse."""
-
-    def callers_transaction(self, storage: Storage) -> AbstractAsyncContextManager[Any] | None:
-        """Return what yields a connection in a transaction of its own, to the database of an open storage.
-
-        Left normally it commits, left by an exception it rolls back. The connection is of a kind that
-        `emit(connection=)` accepts. None: the storage has no database that a connection reaches.
-        """
-        return None
-
-    def _transaction(self, storage: Storage) -> AbstractAsyncContextManager[Any]:
-        transaction = self.callers_transaction(storage)
-        if transaction is None:
-            pytest.skip("no connection of an application's reaches this storage")
-        return transaction
+class ForeignConnectionContract(ContractBase):
+    """`connection=` that does not lead to the storage."""
 
     async def test_a_connection_that_does_not_lead_to_the_storage_is_refused(self) -> None:
         async with self.opened() as world:
@@ -64,11 +51,28 @@ class CallersContract(ContractBase):
             with pytest.raises(NotFound):
                 await world.storage.get_event(event.id)
 
+
+class CallersContract(ContractBase):
+    """`connection=` that leads to the storage: mixed in beside StorageContract where a connection can.
+
+    ```python
+    class TestMyStorage(CallersContract, StorageContract): ...
+    ```
+    """
+
+    @abstractmethod
+    def callers_transaction(self, storage: Storage) -> AbstractAsyncContextManager[Any]:
+        """Return what yields a connection in a transaction of its own, to the database of an open storage.
+
+        Left normally it commits, left by an exception it rolls back. The connection is of a kind that
+        `emit(connection=)` accepts.
+        """
+
     async def test_what_is_enqueued_in_a_transaction_is_there_when_it_has_committed(self) -> None:
         async with self.opened() as world:
             endpoint = await world.endpoint()
             event, row, revision = world.new_event(), world.new_delivery(endpoint), await world.revision()
-            async with self._transaction(world.storage) as connection:
+            async with self.callers_transaction(world.storage) as connection:
                 receipt = await world.storage.enqueue(
                     event, [row], endpoints_revision=revision, connection=await adapted(connection)
                 )
@@ -83,7 +87,7 @@ class CallersContract(ContractBase):
             endpoint, revision = await world.endpoint(), await world.revision()
             event = world.new_event(idempotency_key="k")
             with suppress(_RolledBackError):
-                async with self._transaction(world.storage) as connection:
+                async with self.callers_transaction(world.storage) as connection:
                     callers = await adapted(connection)
                     row = world.new_delivery(endpoint)
                     await world.storage.enqueue(event, [row], endpoints_revision=revision, connection=callers)
@@ -99,7 +103,7 @@ class CallersContract(ContractBase):
             endpoint, revision = await world.endpoint(), await world.revision()
             first, last = world.new_event(idempotency_key="k"), world.new_event()
             refused = world.new_event(idempotency_key="k", digest=b"other")
-            async with self._transaction(world.storage) as connection:
+            async with self.callers_transaction(world.storage) as connection:
                 callers = await adapted(connection)
 
                 async def enqueue(event: Any, revision: int = revision) -> Receipt:
@@ -127,7 +131,7 @@ class CallersContract(ContractBase):
             kept = [Emission(world.new_event(), [world.new_delivery(endpoint)]) for _ in range(3)]
             conflict = Emission(world.new_event(idempotency_key="k", digest=b"other"), [])
             missing = Emission(world.new_event(), [world.new_delivery(endpoint)])
-            async with self._transaction(world.storage) as connection:
+            async with self.callers_transaction(world.storage) as connection:
                 callers = await adapted(connection)
                 with pytest.raises(ConflictError):
                     await world.storage.enqueue_many(

@@ -80,6 +80,18 @@ class EnqueueContract(ContractBase):
                     await world.enqueue(changed, world.new_delivery(endpoint))
             assert len(await world.deliveries()) == 1
 
+    async def test_a_conflict_names_the_event_but_not_another_tenants(self) -> None:
+        async with self.opened() as world:
+            event = world.new_event(idempotency_key="k", tenant="a")
+            await world.enqueue(event)
+            other = world.new_event(idempotency_key="k", tenant="a", digest=b"other")
+            for tenant, named in (("a", True), ("b", False), (None, False)):
+                with pytest.raises(ConflictError, match="idempotency_key: used before") as refused:
+                    await world.enqueue(other._replace(tenant=tenant))
+                assert (event.id in str(refused.value)) == named
+            with pytest.raises(ConflictError, match="event_id: used before"):
+                await world.enqueue(event._replace(digest=b"other"))
+
     async def test_a_duplicate_is_recognised_before_stale_endpoints_are(self) -> None:
         async with self.opened() as world:
             event = world.new_event()

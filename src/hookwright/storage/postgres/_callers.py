@@ -65,7 +65,7 @@ class Callers:
                 return await self._enqueue(database, waiting)
         except Exception as error:
             if type(error).__module__.partition(".")[0] in _DRIVERS or isinstance(error, OSError):
-                raise convert(error) from error
+                raise convert(error, callers=True) from error
             raise
 
     async def _enqueue(self, database: Database, waiting: Sequence[Emitted]) -> list[Receipt]:

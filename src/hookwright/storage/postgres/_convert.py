@@ -30,9 +30,10 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
         StorageError,
         "the user may not do that: let it create a schema (GRANT CREATE ON DATABASE ...), or own ours",
     ),
+    "25P02": (StorageError, "the transaction was aborted by a statement before: roll it back"),
     "22021": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),
     "22P05": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),
-    "25006": (StorageUnavailable, "the server is read-only: is it a standby?"),
+    "25006": (StorageUnavailable, "the server is read-only: is it a standby? give the primary's address"),
     "40": (StorageBusy, _REPEAT),
     "53100": (StorageFull, "the server's disk is full; free space and repeat"),
     "53": (StorageUnavailable, "the server has no resources left, or no more connections"),
@@ -49,25 +50,49 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "XX002": (StorageCorrupt, "an index is damaged; REINDEX it, or restore a backup"),
 }
 
+# In a transaction of the application's own, where its connection or its user is not what they have to be.
+_OF_CALLERS: dict[str, tuple[type[StorageError], str]] = {
+    "42501": (
+        StorageError,
+        "the connection's user may not emit: GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES IN it",
+    ),
+    "25006": (
+        StorageError,
+        "the transaction is read-only, or the server a standby: emit in a transaction that may write, on the primary",
+    ),
+    "25P02": (
+        StorageError,
+        "the transaction was aborted by a statement before: roll it back, and emit again in the next one",
+    ),
+}
+
 _CLOSED = ("clos", "releas", "operation is in progress")
 
 
-def convert(error: BaseException) -> HookwrightError:
-    """Return our error for a driver's; one of ours stays what it is."""
+def convert(error: BaseException, where: str | None = None, *, callers: bool = False) -> HookwrightError:
+    """Return our error for a driver's; one of ours stays what it is.
+
+    `where` is told when there is no connection: the server's address, as it may be shown. `callers`: it was raised by a
+    connection of the application's own.
+    """
+    server = "PostgreSQL" if where is None else f"PostgreSQL ({where})"
     if isinstance(error, HookwrightError):
         return error
     if isinstance(error, TimeoutError):
-        return StorageUnavailable("PostgreSQL does not answer in time")
+        return StorageUnavailable(f"{server} does not answer in time")
     if isinstance(error, OSError):
-        return StorageUnavailable(f"PostgreSQL cannot be reached: {type(error).__name__}: {error.strerror or error}")
+        return StorageUnavailable(f"{server} cannot be reached: {type(error).__name__}: {error.strerror or error}")
     state = getattr(error, "sqlstate", None)
     if not isinstance(state, str):  # the driver's own: it has no answer from the server
         # A connection that ends while it is used may confuse the driver ("cannot switch to state").
         closed = type(error).__name__ == "InternalClientError" or any(text in str(error) for text in _CLOSED)
         kind = StorageUnavailable if closed else StorageError
         return kind(f"the PostgreSQL driver reported an error ({type(error).__name__}: {_brief(error)})")
-    kind, advice = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or (StorageError, "the database reported an error")
-    return kind(f"{advice} (PostgreSQL {state}: {_brief(error)})")
+    known = _OF_CALLERS.get(state) if callers else None
+    known = known or _BY_STATE.get(state) or _BY_STATE.get(state[:2])
+    kind, advice = known or (StorageError, "the database reported an error")
+    told = f"{advice} (PostgreSQL {state}: {_brief(error)})"
+    return kind(f"{told}: {where}" if where is not None and kind is StorageUnavailable else told)
 
 
 def _brief(error: BaseException) -> str:

@@ -40,6 +40,9 @@ def read_dsn(dsn: object) -> tuple[str, str]:
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
     options = parse_qsl(url.query, keep_blank_values=True)
     kept = urlencode([(name, value) for name, value in options if name not in _NOT_OURS])
-    socket = next((value for name, value in options if name == "host" and not host), "")
-    where = f"{host}:{port}" if port else host or socket
-    return f"postgresql://{where}{url.path}", url._replace(query=kept).geturl()
+    given = dict(options)
+    where = host or given.get("host", "")
+    at = port or given.get("port")
+    database = url.path.strip("/") or given.get("database") or given.get("dbname") or ""
+    shown = (f"{where}:{at}" if at else where) + (f"/{database}" if database else "")
+    return f"postgresql://{shown}", url._replace(query=kept).geturl()

@@ -29,8 +29,9 @@ _DELIVERY = (
 async def get_event(database: Database, event_id: str) -> Event:
     """See `Storage.get_event`."""
     row = await database.first(
-        "SELECT id, type, data, tenant, attributes, occurred_at, created_at, idempotency_key, trace_context,"
-        " expunged_at FROM hookwright.event WHERE id = $1",
+        # What is being expunged still has its data, for those that are under way (see `_requeue`).
+        "SELECT id, type, CASE WHEN expunged_at IS NULL THEN data ELSE '' END, tenant, attributes, occurred_at,"
+        " created_at, idempotency_key, trace_context, expunged_at FROM hookwright.event WHERE id = $1",
         event_id,
     )
     if row is None:

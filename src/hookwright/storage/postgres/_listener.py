@@ -15,6 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from hookwright._errors import StorageUnavailable
 from hookwright.storage.postgres._convert import convert
+from hookwright.storage.postgres._dsn import read_dsn
 from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver, keep_alive
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Listener:
         self, dsn: str, channel: str, owner: int, own: Collection[int], on_silence: Callable[[], None]
     ) -> None:
         self._dsn = dsn
+        self._where, _ = read_dsn(dsn)
         self._channel = channel
         self._owner = owner
         self._own = own
@@ -75,7 +77,7 @@ class Listener:
         try:
             await self._connect()
         except Exception as error:
-            raise convert(error) from error
+            raise convert(error, self._where) from error
         self._task = asyncio.get_running_loop().create_task(self._watch(), name="hookwright-postgres-listener")
 
     async def alone(self, database: Database) -> bool:
@@ -122,7 +124,8 @@ class Listener:
                     self._terminate()
                     if isinstance(error, TimeoutError):
                         self._on_silence()
-                    _logger.warning("the connection that listens to PostgreSQL was lost: %s", convert(error))
+                    lost = convert(error, self._where)
+                    _logger.warning("the connection that listens to PostgreSQL was lost: %s", lost)
                     await self._reconnect()
         finally:
             self._terminate()
@@ -138,7 +141,7 @@ class Listener:
                     await self._connect()
                 except Exception as error:
                     self._terminate()
-                    raise StorageUnavailable(str(convert(error))) from error
+                    raise StorageUnavailable(str(convert(error, self._where))) from error
         self.heard.set()  # nobody knows what was said meanwhile
         _logger.warning("listening to PostgreSQL again")
 

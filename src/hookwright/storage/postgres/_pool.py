@@ -25,6 +25,7 @@ from hookwright._errors import (
 )
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
+from hookwright.storage.postgres._dsn import read_dsn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -76,7 +77,17 @@ _TUNED = {f"enable_{kind}": "off" for kind in ("seqscan", "bitmapscan", "sort", 
 
 
 class CommitLost(StorageUnavailable):
-    """The connection broke in the commit: the transaction may have happened."""
+    """The connection broke in the commit: the transaction may have happened.
+
+    Applications know it as StorageUnavailable: so it is called in whatever shows its name, and so it is pickled.
+    """
+
+    def __reduce__(self) -> tuple[type[StorageUnavailable], tuple[object, ...]]:
+        return (StorageUnavailable, self.args)
+
+
+CommitLost.__name__ = CommitLost.__qualname__ = StorageUnavailable.__name__
+CommitLost.__module__ = StorageUnavailable.__module__
 
 
 class Pool:
@@ -86,6 +97,7 @@ class Pool:
         self, dsn: str, names: Names, *, size: int, pooler: bool, settings: Callable[[], dict[str, str]]
     ) -> None:
         self._dsn = dsn
+        self._where, _ = read_dsn(dsn)
         self._names = names
         self._size = size
         self._pooler = pooler
@@ -244,7 +256,7 @@ class Pool:
         except self._foreign as error:
             if isinstance(error, TimeoutError):
                 self.suspect()
-            raise convert(error) from error
+            raise convert(error, self._where) from error
 
     async def _statements(self, operation: Operation[T], connection: Any) -> T:
         database = Database(connection, self._names)

@@ -1,0 +1,162 @@
+"""What errors of PostgreSQL say to whoever has to do something: which server, which grant, and a name that is known."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import asyncpg
+import psycopg
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from hookwright import Clock, Dispatcher, HookwrightError, NewEvent, StorageError, StorageUnavailable
+from hookwright.storage.postgres import PostgresStorage
+from hookwright.testing import FakeTransport
+from tests.conftest import URL, until
+from tests.postgres.application import DRIVERS, KINDS, application
+from tests.postgres.cutting import scene
+from tests.postgres.proxy import Action, Proxy, at_statement
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.postgres.application import App
+    from tests.postgres.wire import Message
+
+PASSWORD = "correct-horse"
+USER = "somebody"
+
+
+def lost_commit(message: Message) -> Action | None:
+    return Action.CUT_AFTER if message.sql == "COMMIT" else None
+
+
+async def test_a_commit_that_is_lost_is_called_what_applications_know(postgres_dsn: str, postgres_schema: str) -> None:
+    async with scene(postgres_dsn, postgres_schema) as setting:
+        setting.proxy.on_message = lost_commit
+        with pytest.raises(StorageUnavailable, match="broke in a commit") as caught:
+            await setting.storage.cancel([setting.waiting.id])
+    error = caught.value
+    [shown] = traceback.format_exception_only(error)
+    assert shown.startswith("hookwright._errors.StorageUnavailable: the connection broke in a commit")
+    assert repr(error).startswith("StorageUnavailable(")
+    copy = pickle.loads(pickle.dumps(error))  # our own
+    assert (type(copy), str(copy)) == (StorageUnavailable, str(error))
+
+
+async def test_health_calls_it_so_too(postgres_dsn: str, postgres_schema: str) -> None:
+    def lost_claim(message: Message) -> Action | None:
+        return Action.CUT_AFTER if message.runs and "claim_1" in message.sql else None
+
+    async with Proxy(postgres_dsn) as proxy:
+        storage = PostgresStorage(proxy.dsn, schema=postgres_schema)
+        async with Dispatcher(storage, transport=FakeTransport(), keys=[]) as dispatcher:
+            await dispatcher.endpoints.create(URL, events=["*"])
+            proxy.on_message = lost_claim
+            await dispatcher.emit("video.ready")
+
+            async def told() -> bool:
+                problems = (await dispatcher.health()).problems
+                return any("StorageUnavailable: the connection broke in a commit" in each for each in problems)
+
+            await until(told)
+            proxy.on_message = None
+
+
+async def refused(dsn: str, schema: str) -> str:
+    with pytest.raises(StorageUnavailable) as caught:
+        await PostgresStorage(dsn, schema=schema).open(Clock())
+    assert PASSWORD not in f"{caught.value!r}"
+    assert USER not in f"{caught.value!r}"
+    return str(caught.value)
+
+
+async def test_who_cannot_be_reached_is_named_by_host_port_and_database(
+    postgres_schema: str, unused_tcp_port: int
+) -> None:
+    secret = f"{USER}:{PASSWORD}"
+    told = await refused(f"postgresql://{secret}@127.0.0.1:{unused_tcp_port}/app", postgres_schema)
+    assert told.startswith(f"PostgreSQL (postgresql://127.0.0.1:{unused_tcp_port}/app) cannot be reached: ")
+    told = await refused(f"postgresql://{secret}@/app?host=/nowhere/at/all", postgres_schema)
+    assert told.startswith("PostgreSQL (postgresql:///nowhere/at/all/app) cannot be reached: ")
+
+
+async def test_whose_connection_was_lost_is_named(postgres_dsn: str, postgres_schema: str) -> None:
+    async with Proxy(postgres_dsn) as proxy:
+        storage = PostgresStorage(proxy.dsn, schema=postgres_schema)
+        await storage.open(Clock())
+        try:
+            proxy.on_message = at_statement("FROM", Action.CUT_BEFORE)
+            with pytest.raises(StorageUnavailable, match="the connection to PostgreSQL was lost") as caught:
+                await storage.get_delivery("dlv_1")
+        finally:
+            await storage.close()
+    [_, shown, _] = repr(storage).split("'")
+    assert str(caught.value).endswith(f": {shown}")
+
+
+@asynccontextmanager
+async def user_of(app: App, *granted: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection of a user who may do what he was granted, in a transaction; `{}` in that is who."""
+    role = f"role_{app.schema}"
+    admin = await asyncpg.connect(app.dsn)
+    connection = await asyncpg.connect(app.dsn)
+    try:
+        await admin.execute(f"CREATE ROLE {role}; " + "; ".join(each.format(role) for each in granted))
+        await connection.execute(f"SET ROLE {role}; BEGIN")
+        yield connection
+        await connection.execute("COMMIT")
+    finally:
+        await connection.close()
+        await admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await admin.close()
+
+
+async def test_a_user_who_may_not_emit_is_told_what_to_grant_and_that_is_enough(
+    postgres_dsn: str, postgres_schema: str
+) -> None:
+    usage = f"GRANT USAGE ON SCHEMA {postgres_schema} TO {{}}"
+    tables = f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA {postgres_schema} TO {{}}"
+    async with application(postgres_dsn, postgres_schema) as app:
+        await app.dispatcher.endpoints.create(URL, events=["*"])
+        advice = "GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES"
+        for granted in ([], [usage], [usage, tables.replace(", INSERT", "")]):
+            async with user_of(app, *granted) as connection:
+                with pytest.raises(StorageError, match=advice) as caught:
+                    await app.dispatcher.emit("video.ready", connection=connection)
+                assert type(caught.value) is StorageError
+        async with user_of(app, usage, tables) as connection:
+            for _ in range(2):
+                await app.dispatcher.emit("video.ready", event_id="evt_1", connection=connection)
+            events = [NewEvent("video.ready", 1), NewEvent("video.ready", 2)]
+            several = await app.dispatcher.emit_many(events, connection=connection)
+        await app.delivered("evt_1", *(receipt.event_id for receipt in several))
+
+
+@pytest.mark.parametrize("kind", DRIVERS)
+@pytest.mark.parametrize(
+    ("before", "advice"),
+    [
+        ("SET TRANSACTION READ ONLY", "emit in a transaction that may write"),
+        ("SELECT 1 / 0", "roll it back, and emit again"),
+    ],
+)
+async def test_a_transaction_that_cannot_take_an_event_says_what_to_do(
+    postgres_dsn: str, postgres_schema: str, kind: str, before: str, advice: str
+) -> None:
+    async with application(postgres_dsn, postgres_schema) as app, KINDS[kind](postgres_dsn) as caller:
+        await app.dispatcher.endpoints.create(URL, events=["*"])
+        await caller.begin()
+        with suppress(asyncpg.PostgresError, psycopg.Error, DBAPIError):
+            await caller.run(before)
+        with pytest.raises(HookwrightError, match=advice) as caught:
+            await app.dispatcher.emit("video.ready", connection=caller.connection)
+        assert type(caught.value) is StorageError
+        await caller.rollback()
+        await caller.begin()
+        receipt = await app.dispatcher.emit("video.ready", connection=caller.connection)
+        await caller.commit()
+        await app.delivered(receipt.event_id)
