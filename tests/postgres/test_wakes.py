@@ -7,7 +7,6 @@ import asyncio
 import asyncpg
 
 from hookwright.storage.postgres import PostgresStorage
-from hookwright.storage.postgres._settle import TOLD
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import until
 
@@ -22,11 +21,7 @@ BEGIN
     RETURN (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
 END $$
 """
-CLAIM = (
-    "SELECT * FROM {schema}.claim_1(10, 10, 100, 60000000, 4, '{{}}', '{{}}', '{{}}', '{{}}', $1, 7, false"
-    + ", NULL" * TOLD
-    + ")"
-)
+CLAIM = "SELECT * FROM {schema}.claim_1(10, 10, 100, 60000000, 4, '{{}}', '{{}}', '{{}}', '{{}}', $1, 7, false)"
 
 
 async def test_a_wake_is_not_lost_to_a_claim_that_moved_the_lane_on(postgres_dsn: str, postgres_schema: str) -> None:

@@ -233,13 +233,11 @@ class PostgresStorage(Storage):
     async def claim(self, request: ClaimRequest) -> Claim:
         """See `Storage.claim`. Never waits for a lock; what others have locked is looked at again in a moment."""
         opened = self._opened()
-        asked = self._writing | opened.emits.soon
-        offer = opened.turns.take(asked)
-        if asked and offer is None:
+        if asked := self._writing | opened.emits.soon:
             _, late = await asyncio.wait(asked, timeout=_BARRIER)
             self._writing -= late  # the next claim does not wait for them again
             opened.emits.soon -= late
-        token, claiming = opened.turns.claim(request, offer)
+        token, claiming = opened.turns.claim(request)
         try:
             claim, now, begun = await self._wrote(claiming)
         except (CommitLost, asyncio.CancelledError):

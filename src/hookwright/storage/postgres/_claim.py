@@ -9,19 +9,17 @@ transaction has locked is passed by, and looked at again in a moment. How much a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hookwright._ids import new_token
 from hookwright._models import Claim
 from hookwright.storage._rows import lease_of
 from hookwright.storage.postgres._database import lock_lanes
 from hookwright.storage.postgres._lanes import make_due
-from hookwright.storage.postgres._settle import TOLD, told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookwright._models import Outcome
     from hookwright.storage._base import ClaimRequest
     from hookwright.storage.postgres._database import Database
 
@@ -30,25 +28,14 @@ _MOST = 2**20
 
 _CLAIM = (
     "SELECT * FROM hookwright.claim_1($1::int, $2::int, $3::int, $4::bigint, $5::int, $6::text[], $7::int[],"
-    " $8::text[], $9::text[], $10::text, $11::bigint, $12::bool, $13::text[], $14::text[], $15::text[], $16::bigint[],"
-    " $17::bigint[], $18::int[], $19::text[], $20::bytea[], $21::bool[], $22::bytea[])"
+    " $8::text[], $9::text[], $10::text, $11::bigint, $12::bool)"
 )
 
 
 async def claim(
-    database: Database,
-    request: ClaimRequest,
-    *,
-    owner: int,
-    token: str,
-    shared: bool,
-    outcomes: Sequence[Outcome] | None,
-) -> tuple[Claim, Any, int]:
-    """See `Storage.claim`. `shared`: other processes' leases take up room, too.
-
-    `outcomes`, of which `_settle.all_succeeded`, are settled first, unless somebody has locked one of their lanes. Also
-    return what `_settle.answers` reads (or None), and the server's time.
-    """
+    database: Database, request: ClaimRequest, *, owner: int, token: str, shared: bool
+) -> tuple[Claim, int]:
+    """See `Storage.claim`; and return the server's time. `shared`: other processes' leases take up room, too."""
     in_flight = request.in_flight
     *rows, summary = await database.fetch(
         _CLAIM,
@@ -62,13 +49,12 @@ async def claim(
         token,
         owner,
         shared,
-        *(told(outcomes) if outcomes is not None else [None] * TOLD),
     )
     now, next_due, revision = summary["created_at"], summary["available_at"], summary["renewed_at"]
     leases = [
         lease_of(row[1:], f"{token}{row[0]}", now + request.lease, taken_over=row[14], proven=row[15]) for row in rows
     ]
-    return Claim(leases, next_due, revision), None if summary["settled"] is None else summary, now
+    return Claim(leases, next_due, revision), now
 
 
 def in_our_time(claim: Claim, ahead_before: int, ahead_after: int) -> Claim:

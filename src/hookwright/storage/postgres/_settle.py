@@ -80,18 +80,18 @@ async def settle(
     )
     leased = {id: (token, count) for id, token, count in zip(*(column or () for column in leases), strict=True)}
     settling = _Settling(lanes, leased, policy, now)
-    settled = [await settling.settle(database, outcome) for outcome in outcomes]
+    answers = [await settling.settle(database, outcome) for outcome in outcomes]
     if settling.ended:
         await database.run(_WRITE, *settling.arguments())
-    if unknown and not all(answer.held for answer in settled):
-        settled = await _written_before(database, outcomes, settled, unknown, now)
-    await _tell(database, zip(outcomes, settled, strict=True), channel)
-    return settled
+    if unknown and not all(answer.held for answer in answers):
+        answers = await _written_before(database, outcomes, answers, unknown, now)
+    await _tell(database, zip(outcomes, answers, strict=True), channel)
+    return answers
 
 
 _SUCCEEDED = (
     "SELECT * FROM hookwright.settle_1($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::int[],"
-    " $7::text[], $8::bytea[], $9::bool[], $10::bytea[], true)"
+    " $7::text[], $8::bytea[], $9::bool[], $10::bytea[])"
 )
 
 
@@ -108,40 +108,30 @@ def all_succeeded(outcomes: Sequence[Outcome]) -> bool:
     )
 
 
-def told(outcomes: Sequence[Outcome]) -> list[list[Any]]:
-    """Return what `settle_1` is given: columns, of results of which `all_succeeded`."""
+async def settle_successes(database: Database, outcomes: Sequence[Outcome], policy: HealthPolicy) -> list[Settled]:
+    """Do what `settle` does for results of which `all_succeeded`, in one call of a function in the server."""
     rows = [attempt_row(outcome.delivery_id, 0, outcome.attempt) for outcome in outcomes if outcome.attempt is not None]
     _, _, started, duration, status, _, _, headers, body, truncated, sha256 = columns_of(rows, _ATTEMPT_COLUMNS)
-    ids, endpoints = [outcome.delivery_id for outcome in outcomes], [outcome.endpoint_id for outcome in outcomes]
-    tokens = [outcome.token for outcome in outcomes]
-    return [ids, endpoints, tokens, started, duration, status, headers, body, truncated, sha256]
-
-
-TOLD = 10
-"""How many columns these are."""
-
-
-async def settle_successes(database: Database, outcomes: Sequence[Outcome]) -> Any:
-    """Do what `settle` does for results of which `all_succeeded`, in one call; return what `answers` reads."""
-    return await database.first(_SUCCEEDED, *told(outcomes))
-
-
-def answers(outcomes: Sequence[Outcome], policy: HealthPolicy, answer: Any) -> list[Settled]:
-    """Return what `settle` does, from what `settle_1` returned."""
-    lanes = zip(answer["lanes"] or (), answer["failures"] or (), answer["stopped"] or (), strict=True)
-    before = {lane: (count, over) for lane, count, over in lanes}
-    kept, settled = set(answer["held"] or ()), []
+    _, held, lanes, failures, stopped = await database.first(
+        _SUCCEEDED,
+        [outcome.delivery_id for outcome in outcomes],
+        [outcome.endpoint_id for outcome in outcomes],
+        [outcome.token for outcome in outcomes],
+        *(started, duration, status, headers, body, truncated, sha256),
+    )
+    before = {lane: (count, over) for lane, count, over in zip(lanes or (), failures or (), stopped or (), strict=True)}
+    kept, answers = set(held or ()), []
     for place, outcome in enumerate(outcomes, 1):
         if place not in kept:
-            settled.append(Settled(held=False))
+            answers.append(Settled(held=False))
         elif outcome.endpoint_id not in before:  # the endpoint is deleted and swept
-            settled.append(Settled(held=True))
+            answers.append(Settled(held=True))
         else:
             count, over = before[outcome.endpoint_id]
             before[outcome.endpoint_id] = 0, over
             changes = (Change.RECOVERED,) if count >= policy.failing_at else ()
-            settled.append(Settled(True, None, True, 0, changes, None, over))
-    return settled
+            answers.append(Settled(True, None, True, 0, changes, None, over))
+    return answers
 
 
 class _Settling:

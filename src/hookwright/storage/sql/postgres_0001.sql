@@ -170,19 +170,14 @@ ALTER TABLE hookwright.attempt ALTER detail SET STATISTICS 0, ALTER response_hea
 -- is what makes it right to lock first and to read then. A version that changes one adds it under the next number, so
 -- that processes of the version before go on with theirs.
 
--- See `_claim.py`. Rows with a place are leases; the last, without, has the time, when to come again, the endpoint counter,
--- and what `settle_1` said to the results that are given, which are settled first, unless another transaction has locked one of
--- their lanes.
+-- See `_claim.py`. Rows with a place are leases; the last, without, has the time, when to come again, the endpoint counter.
 CREATE FUNCTION hookwright.claim_1(
     p_limit integer, p_unproven integer, p_further integer, p_lease bigint, p_concurrency integer, p_busy text[],
-    p_busy_counts integer[], p_slow text[], p_held text[], p_token text, p_owner bigint, p_shared boolean,
-    p_ids text[], p_endpoints text[], p_tokens text[], p_started bigint[], p_duration bigint[], p_status integer[],
-    p_headers text[], p_body bytea[], p_truncated boolean[], p_sha256 bytea[]
+    p_busy_counts integer[], p_slow text[], p_held text[], p_token text, p_owner bigint, p_shared boolean
 ) RETURNS TABLE (
     place integer, endpoint_id text, id text, event_id text, attempts integer, interruptions integer,
     budget_from integer, created_at bigint, available_at bigint, renewed_at bigint, type text, data bytea, tenant text,
-    occurred_at bigint, taken_over boolean, proven boolean, settled bigint, held integer[], lanes text[],
-    failures integer[], stopped boolean[]
+    occurred_at bigint, taken_over boolean, proven boolean
 ) LANGUAGE plpgsql AS $claim$
 #variable_conflict use_column
 DECLARE
@@ -215,7 +210,6 @@ DECLARE
     v_intervals bigint[];
     v_rates bigint[];
     v_chosen text[];
-    v_more boolean[];            -- whether a lane has more than it gave
     v_proven boolean[];
     v_ended text[];
     v_served text[];
@@ -228,21 +222,9 @@ DECLARE
     v_next bigint;
     v_revision bigint;
     v_passed boolean;
-    v_settled record;
 BEGIN
-    IF p_ids IS NOT NULL THEN
-        SELECT * INTO v_settled FROM hookwright.settle_1(p_ids, p_endpoints, p_tokens, p_started, p_duration, p_status,
-            p_headers, p_body, p_truncated, p_sha256, false);
-        settled := v_settled.now;
-        held := v_settled.held;
-        lanes := v_settled.lanes;
-        failures := v_settled.failures;
-        stopped := v_settled.stopped;
-    END IF;
-    IF settled IS NULL THEN
-        p_held := p_held || p_ids;  -- they are settled in a moment: nobody takes them over until then
-        PERFORM set_config('synchronous_commit', 'off', true);  -- a crash that forgets a claim forgets leases, and no event
-    END IF;
+    -- A crash of the server that forgets a claim forgets leases, and no event.
+    PERFORM set_config('synchronous_commit', 'off', true);
 
     -- Make lanes due that were woken, those that nobody else has locked. Lock first, and change in a statement after
     -- that: one that locks a lane by its old version would compare that version, and lose the wake. When somebody has
@@ -378,10 +360,9 @@ BEGIN
                 v_to := v_to + 1;
                 v_asked := v_asked + v_rooms[v_to];
             END LOOP;
-            v_chosen := '{}'; v_proven := '{}'; v_ended := '{}'; v_served := '{}'; v_empty := '{}'; v_more := '{}';
+            v_chosen := '{}'; v_proven := '{}'; v_ended := '{}'; v_served := '{}'; v_empty := '{}';
 
-            -- Three walks along an index for each lane: rows for now, rows by time, and leases that have ended. One more
-            -- than there is room for: so it is known of most lanes of which there is more.
+            -- Three walks along an index for each lane: rows for now, rows by time, and leases that have ended.
             FOR v_lane IN
                 SELECT asked.place, asked.endpoint_id, asked.room, due.ids, due.ended
                 FROM unnest(v_lanes[v_from:v_to], v_rooms[v_from:v_to]) WITH ORDINALITY
@@ -394,20 +375,20 @@ BEGIN
                          WHERE d.endpoint_id = asked.endpoint_id AND d.available_at <= 0 AND NOT EXISTS (
                              SELECT 1 FROM hookwright.lease AS h
                              WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
-                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room + 1)
+                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room)
                         UNION ALL
                         (SELECT d.id, d.available_at, false FROM hookwright.delivery AS d
                          WHERE d.endpoint_id = asked.endpoint_id AND d.available_at > 0 AND d.available_at <= v_now
                          AND NOT EXISTS (
                              SELECT 1 FROM hookwright.lease AS h
                              WHERE h.endpoint_id = d.endpoint_id AND h.delivery_id = d.id
-                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room + 1)
+                         ) AND (d.id IN (SELECT unnest(p_held))) IS NOT TRUE ORDER BY d.available_at, d.id LIMIT asked.room)
                         UNION ALL
                         (SELECT d.id, CASE WHEN h.until > 0 THEN h.until ELSE d.created_at END, true
                          FROM hookwright.lease AS h JOIN hookwright.delivery AS d ON d.id = h.delivery_id
                          WHERE h.endpoint_id = asked.endpoint_id AND h.until <= v_now
                          AND (h.delivery_id IN (SELECT unnest(p_held))) IS NOT TRUE
-                         ORDER BY h.until, h.delivery_id LIMIT asked.room + 1)
+                         ORDER BY h.until, h.delivery_id LIMIT asked.room)
                     ) AS found
                 ) AS due ORDER BY asked.place
             LOOP
@@ -437,7 +418,6 @@ BEGIN
                 v_proven := v_proven || array_fill(v_earned[v_at] > 0, ARRAY[v_count]);
                 v_ended := v_ended || coalesce(v_lane.ended, '{}');
                 v_served := v_served || v_lane.endpoint_id;
-                v_more := v_more || (v_count < cardinality(v_lane.ids));
                 IF v_intervals[v_at] IS NOT NULL THEN
                     v_rates[v_at] := greatest(v_rates[v_at], v_now) + v_intervals[v_at] * v_count;
                     UPDATE hookwright.lane AS l SET rate_at = v_rates[v_at],
@@ -471,8 +451,7 @@ BEGIN
                 )
                 SELECT chosen.place::integer, d.endpoint_id, d.id, d.event_id, d.attempt_count, d.interruptions,
                     d.budget_from, d.created_at, d.available_at, d.renewed_at, e.type, e.data, e.tenant, e.occurred_at,
-                    d.id = ANY(v_ended), chosen.proven, NULL::bigint, NULL::integer[], NULL::text[], NULL::integer[],
-                    NULL::boolean[]
+                    d.id = ANY(v_ended), chosen.proven
                 FROM chosen JOIN hookwright.delivery AS d ON d.id = chosen.id
                 JOIN hookwright.event AS e ON e.id = d.event_id;
                 v_places := v_places + cardinality(v_chosen);
@@ -487,7 +466,7 @@ BEGIN
                         hold_until = CASE WHEN l.hold_until > v_now THEN l.hold_until ELSE 0 END,
                         due_at = CASE WHEN found.first > v_now THEN found.first ELSE (v_now >> c_turn) + 1 END
                     FROM (
-                        SELECT moving.endpoint_id, CASE WHEN moving.more THEN v_now ELSE least(coalesce((
+                        SELECT moving.endpoint_id, least(coalesce((
                             SELECT d.available_at FROM hookwright.delivery AS d
                             WHERE d.endpoint_id = moving.endpoint_id AND d.available_at IS NOT NULL AND NOT EXISTS (
                                 SELECT 1 FROM hookwright.lease AS h
@@ -495,8 +474,7 @@ BEGIN
                             ) ORDER BY d.available_at, d.id LIMIT 1
                         ), c_forever), coalesce((
                             SELECT min(h.until) FROM hookwright.lease AS h WHERE h.endpoint_id = moving.endpoint_id
-                        ), c_forever)) END AS first
-                        FROM unnest(v_served || v_empty, v_more) AS moving (endpoint_id, more)
+                        ), c_forever)) AS first FROM unnest(v_served || v_empty) AS moving (endpoint_id)
                     ) AS found WHERE l.endpoint_id = found.endpoint_id RETURNING l.endpoint_id, l.due_at
                 )
                 SELECT v_early OR coalesce(bool_or(moved.due_at > v_now), false) INTO v_early FROM moved
@@ -535,33 +513,21 @@ BEGIN
 END $claim$;
 
 -- See `_settle.py`: results that are all successes, told once each. Returns the time, the places of those whose lease
--- held, and what their lanes were before. Unless `p_wait`, it does nothing and returns no time where a lane is locked, or
--- gone.
+-- held, and what their lanes were before.
 CREATE FUNCTION hookwright.settle_1(
     p_ids text[], p_endpoints text[], p_tokens text[], p_started bigint[], p_duration bigint[], p_status integer[],
-    p_headers text[], p_body bytea[], p_truncated boolean[], p_sha256 bytea[], p_wait boolean,
+    p_headers text[], p_body bytea[], p_truncated boolean[], p_sha256 bytea[],
     OUT now bigint, OUT held integer[], OUT lanes text[], OUT failures integer[], OUT stopped boolean[]
 ) LANGUAGE plpgsql AS $settle$
 #variable_conflict use_column
 DECLARE
     v_now bigint;
 BEGIN
-    IF p_wait THEN
-        SELECT array_agg(l.endpoint_id), array_agg(l.failures), array_agg(l.sweep IS NOT NULL)
-        INTO lanes, failures, stopped FROM (
-            SELECT l.endpoint_id, l.failures, l.sweep FROM hookwright.lane AS l
-            WHERE l.endpoint_id = ANY(p_endpoints) ORDER BY l.endpoint_id FOR UPDATE
-        ) AS l;
-    ELSE
-        SELECT array_agg(l.endpoint_id), array_agg(l.failures), array_agg(l.sweep IS NOT NULL)
-        INTO lanes, failures, stopped FROM (
-            SELECT l.endpoint_id, l.failures, l.sweep FROM hookwright.lane AS l
-            WHERE l.endpoint_id = ANY(p_endpoints) FOR UPDATE SKIP LOCKED
-        ) AS l;
-        IF EXISTS (SELECT FROM unnest(p_endpoints) AS e (id) WHERE (e.id = ANY(lanes)) IS NOT TRUE) THEN
-            RETURN;
-        END IF;
-    END IF;
+    SELECT array_agg(l.endpoint_id), array_agg(l.failures), array_agg(l.sweep IS NOT NULL)
+    INTO lanes, failures, stopped FROM (
+        SELECT l.endpoint_id, l.failures, l.sweep FROM hookwright.lane AS l
+        WHERE l.endpoint_id = ANY(p_endpoints) ORDER BY l.endpoint_id FOR UPDATE
+    ) AS l;
     v_now := hookwright.clock();
     -- In a statement after the lock: a lease that was read before it may be another one by now.
     WITH given_up AS (
