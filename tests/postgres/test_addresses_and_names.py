@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from hookwright import ConfigurationError, Dispatcher, PostgresStorage, ValidationFailed
+from hookwright import ConfigurationError, Dispatcher, PostgresStorage, StorageError, ValidationFailed
 from hookwright.testing import FakeTransport
 
 if TYPE_CHECKING:
@@ -49,6 +49,33 @@ def test_an_address_that_cannot_be_read_is_refused_and_not_shown(address: str) -
 )
 def test_what_is_shown_of_an_address(address: str, shown: str) -> None:
     assert repr(PostgresStorage(address)) == f"PostgresStorage({shown!r})"
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ("app?sslmode=verify", "sslmode"),
+        ("app?sslmode=verify-full&sslrootcert=/nowhere/root.crt", "sslrootcert: there is no file '/nowhere/root.crt'"),
+        ("app?target_session_attrs=main", "target_session_attrs"),
+    ],
+)
+async def test_what_is_wrong_with_an_address_is_said_when_it_is_opened(rest: str, said: str) -> None:
+    dispatcher = Dispatcher(f"postgresql://app:{SECRET}@127.0.0.1:1/{rest}", transport=FakeTransport(), keys=[])
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        await dispatcher.start()
+    assert SECRET not in f"{refused.value!r} {refused.value.__cause__!r}"
+
+
+def test_several_hosts_are_told_where_to_go() -> None:
+    with pytest.raises(ConfigurationError, match="host=a,b&port=5432,5432"):
+        PostgresStorage(f"postgresql://app:{SECRET}@a:5432,b:5432/app")
+
+
+async def test_a_parameter_that_nobody_knows_is_told_as_such(postgres_dsn: str, postgres_schema: str) -> None:
+    both = "&" if "?" in postgres_dsn else "?"
+    storage = PostgresStorage(f"{postgres_dsn}{both}aplication_name=web", schema=postgres_schema)
+    with pytest.raises(StorageError, match=r"misspelt.*aplication_name"):
+        await Dispatcher(storage, transport=FakeTransport(), keys=[]).start()
 
 
 async def test_options_of_libpq_and_of_hosts_are_left_out(postgres_dsn: str, postgres_schema: str) -> None:

@@ -28,8 +28,9 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "42P01": (StorageError, "a table is gone while it is in use: was the schema dropped, or restored in part?"),
     "42501": (
         StorageError,
-        "the user may not do that: let it create a schema (GRANT CREATE ON DATABASE ...), or own ours",
+        "the user may not do that: it needs CREATE ON DATABASE at first, and has to own hookwright's schema and tables",
     ),
+    "42704": (StorageError, "the server does not know that: is a parameter of the address misspelt?"),
     "25P02": (StorageError, "the transaction was aborted by a statement before: roll it back"),
     "22021": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),
     "22P05": (StorageError, "a text holds U+0000, which PostgreSQL cannot store"),

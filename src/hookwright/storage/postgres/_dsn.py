@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from hookwright._errors import ConfigurationError
@@ -29,6 +30,10 @@ _NOT_OURS = {
 
 def read_dsn(dsn: object) -> tuple[str, str]:
     """Return what may be shown of an address, and what the driver takes. Raises ConfigurationError, showing nothing."""
+    if isinstance(dsn, str) and "," in dsn.partition("?")[0].rpartition("@")[2].partition("/")[0]:
+        raise ConfigurationError(
+            "dsn: several hosts go behind the question mark: postgresql://user@/database?host=a,b&port=5432,5432"
+        )
     try:
         url = urlsplit(dsn) if isinstance(dsn, str) else urlsplit("")
         scheme, host, port = url.scheme, url.hostname or "", url.port
@@ -46,3 +51,10 @@ def read_dsn(dsn: object) -> tuple[str, str]:
     database = url.path.strip("/") or given.get("database") or given.get("dbname") or ""
     shown = (f"{where}:{at}" if at else where) + (f"/{database}" if database else "")
     return f"postgresql://{shown}", url._replace(query=kept).geturl()
+
+
+def check_files(dsn: str) -> None:
+    """Raise ConfigurationError for a certificate or key that an address names and that is not there."""
+    for name, path in parse_qsl(urlsplit(dsn).query):
+        if name in {"sslrootcert", "sslcert", "sslkey", "sslcrl"} and not Path(path).is_file():
+            raise ConfigurationError(f"dsn: {name}: there is no file {path!r}")

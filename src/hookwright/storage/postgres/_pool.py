@@ -25,7 +25,7 @@ from hookwright._errors import (
 )
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
-from hookwright.storage.postgres._dsn import read_dsn
+from hookwright.storage.postgres._dsn import check_files, read_dsn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -114,6 +114,7 @@ class Pool:
     async def open(self) -> None:
         """Make ready to connect; nothing is asked of the server yet. Raises ConfigurationError."""
         asyncpg = driver()
+        check_files(self._dsn)
         self._foreign = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
         try:
             side = await self._create(self._size - FIRST_CONNECTIONS, SETTINGS)
@@ -307,8 +308,10 @@ class Pool:
 
 
 def _unreadable(error: Exception) -> ConfigurationError:
-    # What it says may hold the password.
-    return ConfigurationError(f"the PostgreSQL address cannot be read: {type(error).__name__}")
+    told = str(error).partition("\n")[0]
+    if not isinstance(error, driver().ClientConfigurationError) or "URI" in told or "DSN" in told:
+        told = type(error).__name__  # what it says may hold the password
+    return ConfigurationError(f"the PostgreSQL address cannot be used: {told}")
 
 
 def keep_alive(connection: Any) -> None:
