@@ -1,4 +1,4 @@
-"""A row that is committed while a lane changes hands is not forgotten."""
+"""What is committed while a lane changes hands is seen by who has it next."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 
 import asyncpg
 
+from hookwright import DeliveryState
 from hookwright.storage.postgres import PostgresStorage
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import until
+from tests.postgres.cutting import scene, waiting
 
 SLEEPER = """
 CREATE OR REPLACE FUNCTION {schema}.clock() RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
@@ -57,3 +59,29 @@ async def test_a_wake_is_not_lost_to_a_claim_that_moved_the_lane_on(postgres_dsn
         for connection in (first, second, admin):
             await connection.close()
         await storage.close()
+
+
+async def test_an_endpoint_that_is_deleted_while_its_last_result_waits_for_the_lane_stays_deleted(
+    postgres_dsn: str, postgres_schema: str
+) -> None:
+    """The result, which would disable it, began before: what it read of the endpoint then is not true any more."""
+    async with scene(postgres_dsn, postgres_schema) as setting:
+        storage, world, other = setting.storage, setting.world, setting.direct.connection
+        endpoint = setting.endpoint.id
+        await world.emit(endpoint)
+        lane = f"{postgres_schema}.lane WHERE endpoint_id = '{endpoint}'"
+        await other.execute(f"BEGIN; SELECT 1 FROM {lane} FOR UPDATE")
+        deleting = asyncio.ensure_future(storage.delete_endpoint(endpoint))
+        await until(lambda: waiting(other, None, 1))
+        gone = world.outcome(setting.one, DeliveryState.FAILED, gone=True)
+        settling = asyncio.ensure_future(storage.settle([gone]))
+        await until(lambda: waiting(other, None, 2))
+        await other.execute("COMMIT")
+        await deleting
+        [settled] = await settling
+        assert (settled.held, settled.stopped, settled.reason) == (True, True, None)
+        while await storage.sweep():
+            pass
+        assert await other.fetchval(f"SELECT count(*) FROM {lane}") == 0
+        states = {delivery.state for delivery in await world.deliveries() if delivery.endpoint_id == endpoint}
+        assert states == {DeliveryState.FAILED, DeliveryState.CANCELLED}

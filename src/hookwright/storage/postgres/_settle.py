@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from hookwright.storage.postgres._database import Database
 
 _LANES = f"""
-SELECT {", ".join("l." + column for column in LANE_COLUMNS.split(", "))}, p.deleted OR p.state = 'disabled'
-FROM hookwright.lane AS l JOIN hookwright.endpoint AS p ON p.id = l.endpoint_id
-WHERE l.endpoint_id = ANY($1::text[]) ORDER BY l.endpoint_id FOR UPDATE OF l
+SELECT {LANE_COLUMNS} FROM hookwright.lane WHERE endpoint_id = ANY($1::text[]) ORDER BY endpoint_id FOR UPDATE
 """
 
-# After the lock: a lease that was read before it may be another one by now.
+# After the lock: a lease that was read before it may be another one by now, and an endpoint be deleted.
 _LEASES = """
-SELECT hookwright.clock(), array_agg(held.delivery_id), array_agg(held.token), array_agg(held.attempt_count)
+SELECT hookwright.clock(), array_agg(held.delivery_id), array_agg(held.token), array_agg(held.attempt_count), (
+    SELECT array_agg(p.id) FROM hookwright.endpoint AS p
+    WHERE p.id = ANY($1::text[]) AND (p.deleted OR p.state = 'disabled')
+)
 FROM unnest($1::text[], $2::text[]) AS ended (endpoint_id, delivery_id)
 JOIN hookwright.lease AS held ON held.endpoint_id = ended.endpoint_id AND held.delivery_id = ended.delivery_id
 """
@@ -75,14 +76,16 @@ async def settle(
     """See `Storage.settle`. `unknown` are tokens of results that may be written: then they are answered as held."""
     endpoints = sorted({outcome.endpoint_id for outcome in outcomes})
     lanes = {row[0]: row for row in await database.fetch(_LANES, endpoints)}
-    now, *leases = await database.first(
+    now, *leases, over = await database.first(
         _LEASES, [outcome.endpoint_id for outcome in outcomes], [outcome.delivery_id for outcome in outcomes]
     )
     leased = {id: (token, count) for id, token, count in zip(*(column or () for column in leases), strict=True)}
-    settling = _Settling(lanes, leased, policy, now)
-    answers = [await settling.settle(database, outcome) for outcome in outcomes]
+    settling = _Settling(lanes, set(over or ()), leased, policy, now)
+    answers = [settling.settle(outcome) for outcome in outcomes]
     if settling.ended:
         await database.run(_WRITE, *settling.arguments())
+    for endpoint_id, reason in settling.disabled:  # last: others wait for the endpoint counter
+        await set_state(database, endpoint_id, "disabled", reason=reason, now=now)
     if unknown and not all(answer.held for answer in answers):
         answers = await _written_before(database, outcomes, answers, unknown, now)
     await _tell(database, zip(outcomes, answers, strict=True), channel)
@@ -138,18 +141,24 @@ class _Settling:
     """One settle: what was read, and what is to be written."""
 
     def __init__(
-        self, lanes: dict[str, Any], leased: dict[str, tuple[str, int]], policy: HealthPolicy, now: int
+        self,
+        lanes: dict[str, Any],
+        over: set[str],
+        leased: dict[str, tuple[str, int]],
+        policy: HealthPolicy,
+        now: int,
     ) -> None:
         self._lanes = {endpoint_id: LaneHealth(row) for endpoint_id, row in lanes.items()}
-        self._over = {endpoint_id for endpoint_id, row in lanes.items() if row[8]}
+        self._over = over
         self._leased = leased
         self._policy = policy
         self._now = now
         self._touched: dict[str, int] = {}
         self._attempts: list[tuple[Any, ...]] = []
         self.ended: list[tuple[Any, ...]] = []
+        self.disabled: list[tuple[str, str]] = []
 
-    async def settle(self, database: Database, outcome: Outcome) -> Settled:
+    def settle(self, outcome: Outcome) -> Settled:
         """Note the end of a lease, unless it is not ours any more: the token is compared, never the time."""
         token, count = self._leased.get(outcome.delivery_id, (None, 0))
         if token != outcome.token:
@@ -157,7 +166,7 @@ class _Settling:
         del self._leased[outcome.delivery_id]  # it ends once
         final, retry_at = outcome.state.final, self._now + outcome.retry_in
         self._end(outcome, count + 1, None if final else retry_at)
-        settled = await self._count(database, outcome, FOREVER if final else retry_at)
+        settled = self._count(outcome, FOREVER if final else retry_at)
         return settled if final else settled._replace(next_attempt_at=retry_at)
 
     def _end(self, outcome: Outcome, number: int, retry_at: int | None) -> None:
@@ -169,7 +178,7 @@ class _Settling:
         if attempt is not None:
             self._attempts.append(attempt_row(id, number, attempt))
 
-    async def _count(self, database: Database, outcome: Outcome, due_at: int) -> Settled:
+    def _count(self, outcome: Outcome, due_at: int) -> Settled:
         endpoint_id = outcome.endpoint_id
         lane = self._lanes.get(endpoint_id)
         if lane is None:  # the endpoint is deleted and swept
@@ -178,7 +187,7 @@ class _Settling:
         self._touched[endpoint_id] = min(due_at, self._touched.get(endpoint_id, due_at))
         changes, reason = lane.count(outcome, self._policy, self._now)
         if reason is not None and endpoint_id not in self._over:
-            await set_state(database, endpoint_id, "disabled", reason=reason, now=self._now)
+            self.disabled.append((endpoint_id, reason))
             self._over.add(endpoint_id)
             changes.append(Change.DISABLED)
             lane.stopped = True
