@@ -42,12 +42,16 @@ class Events:
         returns. Harmless when repeated. Raises NotFound, or StorageBusy when somebody else's read transaction keeps
         the WAL from being emptied for 5 s: the data is gone from the database all the same, and repeating helps.
 
-        On PostgreSQL an event with more than 1,000 deliveries is hidden at once, then cancelled a thousand at a time,
-        and its data removed after that; until its turn comes a delivery may still be sent. When this raises midway (a
-        StorageError), repeat it: it goes on.
+        On PostgreSQL it takes a transaction for each thousand deliveries. The first hides the event at once; until its
+        turn comes a delivery may still be sent. When this is cancelled or raises midway (a StorageError), repeat it.
         """
         await self.get(event_id, tenant=tenant)
-        self._on_cancelled(await self._storage.expunge(event_id))
+        after: str | None = None
+        while True:
+            part = await self._storage.expunge(event_id, after)
+            self._on_cancelled(part.cancelled)
+            if (after := part.after) is None:
+                return
 
     async def prune(self, *, before: datetime) -> int:
         """Delete events emitted before that time, with deliveries and attempts, unless one is pending; say how many.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from hookwright import DeliveryState, StorageBusy, StorageUnavailable
+from hookwright import DeliveryCancelled, DeliveryState, Dispatcher, StorageBusy, StorageUnavailable
 from hookwright._models import AttemptRecord
+from hookwright.storage import postgres
 from hookwright.storage._base import DeliveryFilter
 from hookwright.storage.postgres import PostgresStorage, _pool, _requeue
+from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.postgres.proxy import Action, Proxy
 
@@ -30,7 +32,7 @@ PENDING, CANCELLED = (DeliveryFilter(states=(state,)) for state in (DeliveryStat
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_requeue, "EXPUNGE_ROWS", PART)
-    monkeypatch.setattr(_requeue, "PATIENCE", 0.2)
+    monkeypatch.setattr(postgres, "PATIENCE", 0.2)
     monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", "200")
 
 
@@ -88,15 +90,14 @@ async def test_three_thousand_deliveries_are_expunged_in_several_transactions(
         answered = await answer(world)
         assert isinstance(world.storage, PostgresStorage)
         before = world.storage.transactions
-        cancelled = await world.storage.expunge(event.id)
+        cancelled = await world.expunge(event.id)
         assert sorted(cancelled) == sorted(set(ids) - {answered})
-        # What hides it and what removes its data; and each part is cancelled, and rid of its responses.
-        assert world.storage.transactions - before >= 2 + 2 * DELIVERIES // PART
+        assert world.storage.transactions - before == 1 + DELIVERIES // PART  # the last finds no more
         assert await nothing_is_left(postgres_dsn, postgres_schema, event)
         assert await world.storage.count_deliveries(CANCELLED) == DELIVERIES - 1
         [attempt] = await world.storage.attempts(answered)
         assert (attempt.status, attempt.response_body, attempt.response_headers) == (200, b"", ())
-        assert await world.storage.expunge(event.id) == []
+        assert await world.expunge(event.id) == []
 
 
 async def test_what_ended_midway_is_hidden_and_sent_as_it_was_or_not_at_all_and_goes_on_when_given_again(
@@ -105,26 +106,49 @@ async def test_what_ended_midway_is_hidden_and_sent_as_it_was_or_not_at_all_and_
     async with opened(postgres_dsn, postgres_schema) as world:
         free, held = await world.endpoint(), await world.endpoint()
         event, ids = await stored(world, free, held)
+        answered = {await answer(world) for _ in range(2)}  # one of each
         connection = await asyncpg.connect(postgres_dsn)
         await connection.execute(f"BEGIN; SELECT 1 FROM {postgres_schema}.lane WHERE endpoint_id = '{held}' FOR UPDATE")
         with pytest.raises(StorageBusy):
-            await world.storage.expunge(event.id)
+            await world.expunge(event.id)
         await connection.close()
 
         shown = await world.storage.get_event(event.id)
         assert (shown.data, shown.attributes, shown.expunged_at is None) == (b"", {}, False)
-        cancelled = ids[: DELIVERIES // 2]
+        for delivery_id in answered:
+            assert not any(
+                attempt.response_body or attempt.response_headers or attempt.detail
+                for attempt in await world.storage.attempts(delivery_id)
+            )
+        cancelled = [id for id in ids[: DELIVERIES // 2] if id not in answered]
         assert [delivery.id for delivery in reversed(await world.deliveries(CANCELLED))] == cancelled
         assert await world.storage.requeue(cancelled, [DeliveryState.CANCELLED]) == 0
-        lease = await world.claim_one()
+        lease = await world.claim_one(limit=1)
         assert (lease.endpoint_id, lease.data) == (held, DATA)
 
-        again = await world.storage.expunge(event.id)
-        assert sorted(cancelled + again) == sorted(ids)
+        again = await world.expunge(event.id)
+        assert sorted([*cancelled, *answered, *again]) == sorted(ids)
         assert await nothing_is_left(postgres_dsn, postgres_schema, event)
         assert (await world.storage.get_event(event.id)).expunged_at == shown.expunged_at
         assert not (await world.settle(lease)).held
         assert (await world.claim()).leases == []
+
+
+async def test_who_watches_is_told_of_every_delivery_that_was_cancelled(
+    postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_requeue, "EXPUNGE_ROWS", 5)
+    told: list[str] = []
+    storage = PostgresStorage(postgres_dsn, schema=postgres_schema)
+    async with Dispatcher(storage, transport=FakeTransport(), deliver=False, keys=[]) as dispatcher:
+        dispatcher.observe(lambda each: told.append(each.delivery_id), DeliveryCancelled)
+        for number in range(12):
+            await dispatcher.endpoints.create(f"https://receiver.example/{number}", events=["*"])
+        receipt = await dispatcher.emit("video.ready", DATA.decode())
+        await dispatcher.events.expunge(receipt.event_id)
+        deliveries = (await dispatcher.deliveries.list(event_id=receipt.event_id)).items
+    assert sorted(told) == sorted(delivery.id for delivery in deliveries)
+    assert len(told) == 12
 
 
 async def test_a_commit_whose_answer_is_lost_anywhere_is_made_good_by_giving_it_again(
@@ -138,23 +162,23 @@ async def test_a_commit_whose_answer_is_lost_anywhere_is_made_good_by_giving_it_
             await answer(world)
             failed = await _fails_at_commit(world, proxy, event, number)
             number += failed
-            await world.storage.expunge(event.id)
+            await world.expunge(event.id)
             assert await nothing_is_left(postgres_dsn, postgres_schema, event)
-        assert number == 1 + 3 + 1 + 3  # it is hidden, cancelled in three parts, removed, and its responses in three
+        assert number == 3  # parts
 
 
 async def _fails_at_commit(world: World, proxy: Proxy, event: EventRow, number: int) -> bool:
     """Expunge, with the answer of that commit lost; False: there were not so many."""
-    commits = 0  # the first is that of the look at its deliveries
+    commits = 0
 
     def strike(message: Message) -> Action | None:
         nonlocal commits
         commits += message.sql == "COMMIT"
-        return Action.CUT_AFTER if message.sql == "COMMIT" and commits == number + 2 else None
+        return Action.CUT_AFTER if message.sql == "COMMIT" and commits == number + 1 else None
 
     proxy.on_message = strike
     try:
-        await world.storage.expunge(event.id)
+        await world.expunge(event.id)
     except StorageUnavailable:
         return True
     finally:

@@ -24,6 +24,7 @@ from hookwright.storage._base import (
     Changes,
     ClaimRequest,
     DeliveryFilter,
+    Expunged,
     Storage,
 )
 from hookwright.storage._connections import CallersConnection
@@ -43,6 +44,7 @@ __all__ = [
     "EndpointHealth",
     "EndpointRow",
     "EventRow",
+    "Expunged",
     "HealthPolicy",
     "Key",
     "Lease",

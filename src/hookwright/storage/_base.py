@@ -135,6 +135,13 @@ class Backlog(NamedTuple):
     oldest_due: int | None
 
 
+class Expunged(NamedTuple):
+    """What one call of `Storage.expunge` did: the deliveries it cancelled, and after which the next call goes on."""
+
+    cancelled: list[str]
+    after: str | None = None
+
+
 BACKLOG_COUNTED = 10_000
 """Rows that `backlog` counts at most, so that it stays cheap."""
 
@@ -397,12 +404,13 @@ class Storage(ABC):
         """Return what waits, at a cost that does not grow with it beyond BACKLOG_COUNTED."""
 
     @abstractmethod
-    async def expunge(self, event_id: str) -> list[str]:
+    async def expunge(self, event_id: str, after: str | None = None) -> Expunged:
         """Remove an event's data and attributes, and its attempts' responses, for good: from the file and its WAL too.
 
-        The records stay. Its pending deliveries are cancelled, and their ids returned. It may take several transactions
-        where there are many: then the first hides the data from whoever reads, no delivery is sent without it, and what
-        ended midway goes on when it is given again. NotFound: unknown event.
+        The records stay, and pending deliveries are cancelled. One call may do a part only, where there are many
+        deliveries: the first hides all of it from whoever reads, and the event is expunged when `Expunged.after` is
+        None, to which calls with `after` lead. Whatever is sent until then is sent as it was, never without its data.
+        NotFound: unknown event.
         """
 
     @abstractmethod

@@ -32,6 +32,7 @@ from hookwright.storage._base import (
     SWEEP_ROWS,
     Backlog,
     DeliveryFilter,
+    Expunged,
     Storage,
 )
 from hookwright.storage._cursor import decode_cursor, encode_cursor
@@ -219,7 +220,7 @@ class MemoryHistory(Storage):
             self._end(row, DeliveryState.CANCELLED, now)
         return [row.id for row in pending]
 
-    async def expunge(self, event_id: str) -> list[str]:
+    async def expunge(self, event_id: str, after: str | None = None) -> Expunged:  # it is done at once
         """See `Storage.expunge`."""
         now = self._now()
         await self.get_event(event_id)
@@ -234,7 +235,7 @@ class MemoryHistory(Storage):
             row.attempts = [
                 attempt._replace(response_headers=(), response_body=b"", detail=None) for attempt in row.attempts
             ]
-        return cancelled
+        return Expunged(cancelled)
 
     async def admit_test(self, endpoint_id: str, interval: int) -> None:
         """See `Storage.admit_test`."""

@@ -175,6 +175,17 @@ class World:
             if cursor is None:
                 return items
 
+    async def expunge(self, event_id: str) -> list[str]:
+        """Expunge all of an event; return the deliveries that were cancelled."""
+        cancelled: list[str] = []
+        after = None
+        while True:
+            part = await self.storage.expunge(event_id, after)
+            cancelled.extend(part.cancelled)
+            after = part.after
+            if after is None:
+                return cancelled
+
     async def written(self) -> None:
         """Return when whatever was asked for before has been written, or never will be: a claim has to see it."""
         await self.storage.claim(ClaimRequest(0, 0, LEASE, 4, {}))

@@ -191,8 +191,8 @@ class ExpungeContract(ContractBase):
                 world.clock.now(), 5, 200, detail="x", response_headers=(("a", "b"),), response_body=b"private"
             )
             await world.storage.settle([world.outcome(lease)._replace(attempt=record)])
-            assert await world.storage.expunge(event.id) == [waiting.id]
-            assert await world.storage.expunge(event.id) == []
+            assert await world.expunge(event.id) == [waiting.id]
+            assert await world.expunge(event.id) == []
             stored = await world.storage.get_event(event.id)
             assert (stored.data, stored.attributes, stored.idempotency_key) == (b"", {}, "k")
             assert stored.expunged_at is not None

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hookwright._errors import ConfigurationError, StorageBusy
-from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
+from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Expunged, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._emitted import Emitted
 from hookwright.storage.postgres import _claim, _endpoints, _history, _release, _requeue, _schema
@@ -366,12 +366,11 @@ class PostgresStorage(Storage):
         ahead = now - self._now()
         return backlog if backlog.oldest_due is None else backlog._replace(oldest_due=backlog.oldest_due - ahead)
 
-    async def expunge(self, event_id: str) -> list[str]:
-        """See `Storage.expunge`. Old versions of the row stay in the server's files until it has vacuumed, and in its
-        log and backups for as long as these are kept. More than 1,000 deliveries take several transactions, the first
-        of which hides what the event holds; given again after an error, it goes on.
+    async def expunge(self, event_id: str, after: str | None = None) -> Expunged:
+        """See `Storage.expunge`: 1,000 deliveries in a call. Old versions of the row stay in the server's files until
+        it has vacuumed, and in its log and backups for as long as these are kept.
         """
-        return await self._wrote(_requeue.expunge(self._opened().pool, event_id))
+        return await self._write(partial(_requeue.expunge, event_id=event_id, after=after or ""))
 
     async def prune(self, before: int) -> int:
         """See `Storage.prune`."""

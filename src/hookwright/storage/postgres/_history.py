@@ -70,12 +70,20 @@ async def count_deliveries(database: Database, where: DeliveryFilter) -> int:
     return int(await database.value(f"SELECT count(*) FROM {tables} WHERE {condition}", *values))
 
 
+# While a large event is expunged, part by part, all of it is hidden.
+_SHOWN = ", ".join(
+    f"CASE WHEN e.expunged_at IS NULL THEN a.{column} END AS {column}"
+    for column in ("detail", "response_headers", "response_body")
+)
+
+
 async def attempts(database: Database, delivery_id: str) -> list[Attempt]:
     """See `Storage.attempts`."""
     await get_delivery(database, delivery_id)
     rows = await database.fetch(
-        "SELECT number, started_at, duration, status, error, detail, response_headers, response_body,"
-        " response_truncated, body_sha256 FROM hookwright.attempt WHERE delivery_id = $1 ORDER BY number",
+        f"SELECT a.number, a.started_at, a.duration, a.status, a.error, {_SHOWN}, a.response_truncated, a.body_sha256"
+        " FROM hookwright.delivery AS d JOIN hookwright.event AS e ON e.id = d.event_id"
+        " JOIN hookwright.attempt AS a ON a.delivery_id = d.id WHERE d.id = $1 ORDER BY a.number",
         delivery_id,
     )
     return [to_attempt(delivery_id, row[0], attempt_record(row)) for row in rows]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from hookwright._errors import ConflictError, NotFound
 from hookwright._models import TEST_TYPE
-from hookwright.storage._base import FREE_INTERRUPTIONS
+from hookwright.storage._base import FREE_INTERRUPTIONS, Expunged
 from hookwright.storage._rows import attempt_row
 from hookwright.storage.postgres._database import lock_lanes
 from hookwright.storage.postgres._lanes import UNLEASED, make_due
-from hookwright.storage.postgres._pool import PATIENCE
 from hookwright.storage.postgres._release import record_interruptions
 
 if TYPE_CHECKING:
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 
     from hookwright._models import AttemptRecord, DeliveryState, Emission
     from hookwright.storage.postgres._database import Database
-    from hookwright.storage.postgres._pool import Pool
 
 EXPUNGE_ROWS = 1000
 """Deliveries that one transaction expunges at most: others wait for it, and it must end in time."""
@@ -91,70 +88,42 @@ async def _cancel(database: Database, delivery_ids: Sequence[str], now: int) -> 
     return ids
 
 
-async def expunge(pool: Pool, event_id: str) -> list[str]:
-    """See `Storage.expunge`: one transaction, or several for an event of more than EXPUNGE_ROWS deliveries.
+async def expunge(database: Database, event_id: str, after: str) -> Expunged:
+    """See `Storage.expunge`. Each part hides the event, so that nothing of it can be sent again, and holds its row.
 
-    Then the first hides what it holds from whoever reads, and lets nothing of it be sent again. What is pending is
-    cancelled part by part, and only then the data is removed, since a claim may lease what has not been cancelled yet:
-    it is sent as it was, never without its data. When it is given again it goes on where it ended.
-
-    What was removed stays in the table's file until others land on it, and in WAL, replicas and backups: the server's
-    matter.
+    The data itself goes with the last part, when nothing is pending any more: a claim, which does not look whether an
+    event is hidden, never finds a delivery without it. What was removed stays in the table's file until others land on
+    it, and in WAL, replicas and backups: the server's matter.
     """
-    rows = await pool.run(partial(_deliveries, event_id=event_id), reads=True, patience=PATIENCE)
-    if len(rows) <= EXPUNGE_ROWS:
-        return await pool.run(partial(_expunge_whole, event_id=event_id, rows=rows), patience=PATIENCE)
-    await pool.run(partial(_hide, event_id=event_id), patience=PATIENCE)
-    ids = [id for id, _ in rows]
-    parts = [ids[first : first + EXPUNGE_ROWS] for first in range(0, len(ids), EXPUNGE_ROWS)]
-    cancelled: list[str] = []
-    for part in parts:
-        cancelled += await pool.run(partial(cancel, delivery_ids=part), patience=PATIENCE)
-    await pool.run(partial(_remove_data, event_id=event_id), patience=PATIENCE)
-    for part in parts:
-        await pool.run(partial(_remove_responses, delivery_ids=part), patience=PATIENCE)
-    return cancelled
-
-
-async def _deliveries(database: Database, event_id: str) -> list[tuple[str, str]]:
-    # They were stored with their event, and none is added later.
-    rows = await database.fetch(
-        "SELECT id, endpoint_id FROM hookwright.delivery WHERE event_id = $1 ORDER BY id", event_id
-    )
-    return [(row[0], row[1]) for row in rows]
-
-
-async def _expunge_whole(database: Database, event_id: str, rows: Sequence[tuple[str, str]]) -> list[str]:
-    now = await lock_lanes(database, list({endpoint_id for _, endpoint_id in rows}))
-    await _hide(database, event_id)
-    ids = [id for id, _ in rows]
-    cancelled = await _cancel(database, ids, now)
-    await _remove_data(database, event_id)
-    await _remove_responses(database, ids)
-    return cancelled
-
-
-async def _hide(database: Database, event_id: str) -> None:
-    changed = await database.run(
-        "UPDATE hookwright.event SET attributes = '{}', expunged_at = coalesce(expunged_at, hookwright.clock())"
-        " WHERE id = $1",
-        event_id,
-    )
-    if not changed:
+    # The event first: whoever sees it sees its deliveries, which were committed with it, and none is added later.
+    if await database.value("SELECT 1 FROM hookwright.event WHERE id = $1", event_id) is None:
         raise NotFound(f"there is no event {event_id!r}")
-
-
-async def _remove_data(database: Database, event_id: str) -> None:
-    await database.run("UPDATE hookwright.event SET data = '' WHERE id = $1", event_id)
-
-
-async def _remove_responses(database: Database, delivery_ids: Sequence[str]) -> None:
+    rows = await database.fetch(
+        "SELECT id, endpoint_id FROM hookwright.delivery WHERE event_id = $1 AND id > $2 ORDER BY id LIMIT $3",
+        event_id,
+        after,
+        EXPUNGE_ROWS,
+    )
+    now = await lock_lanes(database, list({row[1] for row in rows}))
+    is_last = len(rows) < EXPUNGE_ROWS
+    hidden = await database.run(
+        "UPDATE hookwright.event SET attributes = '{}', data = CASE WHEN $3 THEN '' ELSE data END,"
+        " expunged_at = coalesce(expunged_at, $2) WHERE id = $1",
+        event_id,
+        now,
+        is_last,
+    )
+    if not hidden:  # pruned meanwhile
+        raise NotFound(f"there is no event {event_id!r}")
+    ids = [row[0] for row in rows]
+    cancelled = await _cancel(database, ids, now)
     await database.run(
         "UPDATE hookwright.attempt SET response_headers = NULL, response_body = NULL, detail = NULL"
         " WHERE delivery_id = ANY($1::text[])"
         " AND (response_headers IS NOT NULL OR response_body IS NOT NULL OR detail IS NOT NULL)",
-        list(delivery_ids),
+        ids,
     )
+    return Expunged(cancelled, None if is_last else ids[-1])
 
 
 async def admit_test(database: Database, endpoint_id: str, interval: int) -> None:

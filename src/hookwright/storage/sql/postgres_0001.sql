@@ -70,7 +70,7 @@ CREATE TABLE hookwright.delivery (
 
 CREATE INDEX delivery_queue ON hookwright.delivery (endpoint_id, available_at, id) WHERE available_at IS NOT NULL;
 
-CREATE INDEX delivery_event ON hookwright.delivery (event_id);
+CREATE INDEX delivery_event ON hookwright.delivery (event_id, id);
 
 CREATE INDEX delivery_endpoint ON hookwright.delivery (endpoint_id, id);
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hookwright._errors import ConfigurationError, StorageBusy
-from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Storage
+from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Expunged, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._emitted import Emitted
 from hookwright.storage.sqlite import _claim, _endpoints, _enqueue, _history, _release, _requeue, _schema, _settle
@@ -330,11 +330,11 @@ class SQLiteStorage(Storage):
         now = self._now()
         return await self._read(lambda database: _history.backlog(database, now))
 
-    async def expunge(self, event_id: str) -> list[str]:
+    async def expunge(self, event_id: str, after: str | None = None) -> Expunged:  # it is done at once
         """See `Storage.expunge`. Raises StorageBusy when other readers keep the WAL from being emptied for 5 s."""
         cancelled = await self._write(lambda database, now: _requeue.expunge(database, event_id, now))
         await self._empty_wal()
-        return cancelled
+        return Expunged(cancelled)
 
     async def _empty_wal(self) -> None:
         until = asyncio.get_running_loop().time() + BUSY_LIMIT
