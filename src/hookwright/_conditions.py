@@ -1,16 +1,19 @@
-"""What is wrong with a dispatcher right now: the one place that `health` asks."""
+"""What is wrong with a dispatcher right now: the one place that `health` asks, and how it is logged."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from hookwright._clock import SECOND
-from hookwright._errors import StorageClosed, StorageCorrupt
+from hookwright._errors import StorageClosed, StorageCorrupt, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hookwright._clock import Clock
+
+_logger = logging.getLogger("hookwright")
 
 PASSING = 60.0
 """Seconds for which a failure counts that nothing is certain to clear: no other `emit` may follow one that failed."""
@@ -65,3 +68,8 @@ class Conditions:
     def _current(self) -> list[_Trouble]:
         since = self._clock.now() - round(PASSING * SECOND)
         return [trouble for trouble in self._troubles.values() if not trouble.passing or trouble.at > since]
+
+
+def log(what: str, error: Exception) -> None:
+    """Log what is repeated until it works: an outage in a line, a defect of ours with where it is."""
+    _logger.error("%s: %s", what, error, exc_info=None if isinstance(error, StorageError) else error)

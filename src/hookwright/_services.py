@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from hookwright._clock import SECOND
+from hookwright._conditions import Conditions, log
 from hookwright._errors import StorageClosed
 from hookwright._observe import WorkerFailed
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from hookwright._clock import Clock
-    from hookwright._conditions import Conditions
     from hookwright._observe import ObserverHub
     from hookwright._worker import Worker
     from hookwright.storage._base import Storage
@@ -156,9 +156,9 @@ class Services:
     async def _try_to_acquire(self) -> bool:
         try:
             acquired = await self._storage.acquire()
-        except Exception as error:  # standing by goes on, whatever the storage says
+        except Exception as error:  # noqa: BLE001  # standing by goes on, whatever the storage says
             self._conditions.trouble("acquire", "the right to deliver cannot be asked for", error)
-            _logger.exception("could not ask the storage for the right to deliver")
+            log("could not ask the storage for the right to deliver", error)
             return False
         self._conditions.over("acquire")
         return acquired
@@ -198,9 +198,9 @@ class Services:
                 if not self._stopping.is_set():
                     self._conditions.trouble("storage", "the storage was closed", error)
                 await asyncio.Event().wait()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is told and repeated
                 if delay == _BEGIN_AGAIN:
-                    _logger.exception("%s failed; trying again until it does not", verb)
+                    log(f"{verb} failed; trying again until it does not", error)
                 self._conditions.passing(verb, f"{verb} fails and is repeated", error)  # it may then last an hour
                 await self._clock.sleep(delay)
                 delay = min(_AGAIN_MOST, 2 * delay)

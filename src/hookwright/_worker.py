@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 
 from hookwright._clock import SECOND
+from hookwright._conditions import Conditions, log
 from hookwright._errors import StorageClosed, StorageError, WaitTimeout
 from hookwright._observe import WorkerFailed
 from hookwright._pace import Pace
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from hookwright._clock import Clock, Timer
-    from hookwright._conditions import Conditions
     from hookwright._delivery import Attempted, Deliverer
     from hookwright._matching import EndpointCache
     from hookwright._models import Claim, Lease, Settled
@@ -248,7 +248,7 @@ class Worker:
         self._conditions.trouble("claim", "deliveries cannot be claimed", error)
         self._failures = min(self._failures + 1, 10)
         if self._failures == 1:
-            _logger.exception("deliveries cannot be claimed; trying again until they can")
+            log("deliveries cannot be claimed; trying again until they can", error)
         self._observers.report(WorkerFailed(error=f"{type(error).__name__}: {error}", retry_in=delay))
         return _Pass(idle=False, delay=delay, failed=True)
 

@@ -28,7 +28,13 @@ ACTORS = 3
 TOLD_EVERY = 1.0
 
 LOCKED_FOR = (0.5, 4.0)
-"""Seconds that an application's transaction stays open, or somebody holds a lane: less than anybody's patience."""
+"""Seconds that an application's transaction stays open: less than anybody's patience."""
+
+HELD_FOR = (0.5, 2.0)
+"""Seconds that somebody holds lanes by hand. One at a time: a lane is never held for longer, in whatever succession."""
+
+ONE_AT_A_TIME = 4711
+"""The advisory lock of whoever does."""
 
 
 class _Answers:
@@ -119,13 +125,14 @@ class Player:
         with contextlib.closing(_Terminating(connection)):
             while not self._over:
                 async with connection.transaction():
+                    await connection.execute(f"SELECT pg_advisory_xact_lock({ONE_AT_A_TIME})")
                     await connection.execute(
                         "SELECT endpoint_id FROM hookwright.lane WHERE random() < 0.1 ORDER BY endpoint_id"
                         " FOR UPDATE SKIP LOCKED"
                     )
-                    await asyncio.sleep(self._chance.uniform(*LOCKED_FOR))
+                    await asyncio.sleep(self._chance.uniform(*HELD_FOR))
                 self.figures["lanes locked by hand"] += 1
-                await asyncio.sleep(self._chance.uniform(*LOCKED_FOR))
+                await asyncio.sleep(self._chance.uniform(*HELD_FOR))
 
     async def _tell(self) -> None:
         while not self._over:

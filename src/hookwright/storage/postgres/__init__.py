@@ -156,7 +156,7 @@ class PostgresStorage(Storage):
         self._open = _Open(clock, pool, listener, notifier, Emits(pool, notifier), callers, turns)
 
     def _begin_anew(self) -> None:
-        """Forget what was open before: its leases are a dead process's, which `acquire` frees."""
+        """Forget what was open before: its leases are a dead process's, which `acquire` frees unless `poll_only`."""
         # By its number others see whether this process is alive (see acquire); by one below 0 nobody does.
         owner = random.SystemRandom().getrandbits(62)
         self._owner = -owner if self._poll_only else owner
@@ -177,10 +177,9 @@ class PostgresStorage(Storage):
             await asyncio.wait(asked, timeout=CLOSING_LIMIT)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(opened.notifier.close(), CLOSING_LIMIT)
-        await opened.pool.close()
+        closing = opened.pool.close()
+        await (closing if opened.listener is None else asyncio.gather(closing, opened.listener.close()))
         await opened.emits.close()
-        if opened.listener is not None:
-            await opened.listener.close()
 
     async def acquire(self) -> bool:
         """See `Storage.acquire`. Every process may deliver: freed are the leases of those that are not alive."""
@@ -237,6 +236,7 @@ class PostgresStorage(Storage):
             _, late = await asyncio.wait(asked, timeout=_BARRIER)
             self._writing -= late  # the next claim does not wait for them again
             opened.emits.soon -= late
+        await opened.turns.give_back_lost()
         token, claiming = opened.turns.claim(request)
         try:
             claim, now, begun = await self._wrote(claiming)

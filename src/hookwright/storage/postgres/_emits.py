@@ -169,6 +169,9 @@ class Emits:
                 _refuse(group, error)
             else:
                 await self._split(group, waits=waits)
+        except Exception as error:  # noqa: BLE001  # whatever it is: whoever waits is answered
+            for _, future in group:
+                _answer(future, error)
         else:
             for (_, future), answer in zip(group, answers, strict=True):
                 _answer(future, answer)
@@ -209,10 +212,10 @@ def _refuse(group: _Group, error: StorageError) -> None:
         _answer(future, CommitUnknown(emitted.event.id) if lost else error)
 
 
-def _answer(future: asyncio.Future[Receipt], answer: Receipt | HookwrightError) -> None:
+def _answer(future: asyncio.Future[Receipt], answer: Receipt | Exception) -> None:
     if future.done():  # its caller was cancelled
         return
-    if isinstance(answer, HookwrightError):
+    if isinstance(answer, Exception):
         future.set_exception(answer)
         future.exception()  # its caller may be gone
     else:
@@ -257,6 +260,6 @@ async def store_all(
         ):
             with attempt:
                 return await pool.run(store_again, first=True)
-    except StorageError as error:
+    except HookwrightError as error:
         raise CommitUnknown(group[0].event.id) from error
     raise AssertionError("unreachable")

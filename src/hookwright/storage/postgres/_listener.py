@@ -16,7 +16,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 from hookwright._errors import StorageUnavailable
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._dsn import read_dsn
-from hookwright.storage.postgres._pool import CONNECT_LIMIT, driver, keep_alive
+from hookwright.storage.postgres._pool import CLOSING_LIMIT, CONNECT_LIMIT, driver, keep_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -86,7 +86,11 @@ class Listener:
         return not await database.value(_OTHERS, LISTENING, self._channel, pid)
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Say that this process delivers no more, and disconnect."""
+        if self._connection is not None:
+            # The server may see the end of a connection late, and others wait for leases of whoever seems alive.
+            with contextlib.suppress(Exception):
+                await self._connection.execute("SELECT pg_advisory_unlock_all()", timeout=CLOSING_LIMIT)
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

@@ -82,7 +82,6 @@ class Turns:
         return token, asyncio.get_running_loop().create_task(self._claim(request, token))
 
     async def _claim(self, request: ClaimRequest, token: str) -> Claimed:
-        await self._give_back_lost()
         claim = partial(_claim.claim, request=request, owner=self._owner, token=token, shared=self._shared)
         begun = self._now()
         claimed, now = await self._pool.run(claim, first=True, single=True)
@@ -92,7 +91,7 @@ class Turns:
         """Note a claim whose answer nobody has: what it leased is given back before the next one."""
         self._lost[token] = claiming
 
-    async def _give_back_lost(self) -> None:
+    async def give_back_lost(self) -> None:
         """End the leases of claims that were written, but whose answer nobody had."""
         began = time.monotonic()
         lost = {token: claiming for token, claiming in self._lost.items() if claiming.done()}

@@ -575,7 +575,7 @@ BEGIN
     IF p_revision <> v_revision THEN
         RETURN 0;
     END IF;
-    IF p_digest IS NULL THEN  -- an id of ours, which nobody else has
+    IF p_digest IS NULL AND p_key IS NULL THEN  -- an id of ours, which nobody else has
         INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, delivery_count,
             trace_context)
         VALUES (p_id, p_type, p_tenant, p_data, p_attributes, p_occurred_at, v_now, p_count, p_trace);
