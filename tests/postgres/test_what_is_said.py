@@ -182,17 +182,19 @@ async def user_of(app: App, *granted: str) -> AsyncIterator[asyncpg.Connection]:
 async def test_a_user_who_may_not_emit_is_told_what_to_grant_and_that_is_enough(
     postgres_dsn: str, postgres_schema: str
 ) -> None:
-    usage = f"GRANT USAGE ON SCHEMA {postgres_schema} TO {{}}"
-    tables = f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA {postgres_schema} TO {{}}"
+    schema = postgres_schema
+    usage = f"GRANT USAGE ON SCHEMA {schema} TO {{}}"
+    reading = f"GRANT SELECT ON {schema}.meta, {schema}.event TO {{}}"
+    writing = f"GRANT INSERT ON {schema}.event, {schema}.delivery, {schema}.wake TO {{}}"
     async with application(postgres_dsn, postgres_schema) as app:
         await app.dispatcher.endpoints.create(URL, events=["*"])
-        advice = "GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES"
-        for granted in ([], [usage], [usage, tables.replace(", INSERT", "")]):
+        advice = "USAGE ON SCHEMA, SELECT ON meta, event and INSERT ON event, delivery, wake"
+        for granted in ([], [usage], [usage, reading], [usage, writing]):
             async with user_of(app, *granted) as connection:
                 with pytest.raises(StorageError, match=advice) as caught:
                     await app.dispatcher.emit("video.ready", connection=connection)
                 assert type(caught.value) is StorageError
-        async with user_of(app, usage, tables) as connection:
+        async with user_of(app, usage, reading, writing) as connection:
             for _ in range(2):
                 await app.dispatcher.emit("video.ready", event_id="evt_1", connection=connection)
             events = [NewEvent("video.ready", 1), NewEvent("video.ready", 2)]

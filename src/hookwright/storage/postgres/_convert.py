@@ -28,7 +28,8 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "42P01": (StorageError, "a table is gone while it is in use: was the schema dropped, or restored in part?"),
     "42501": (
         StorageError,
-        "the user may not do that: it needs CREATE ON DATABASE at first, and has to own hookwright's schema and tables",
+        "the user may not do that: GRANT CREATE ON DATABASE to make the schema; where that is made, USAGE ON SCHEMA and"
+        " SELECT, INSERT, UPDATE, DELETE ON its tables (upgrades and reencrypt() are for their owner)",
     ),
     "42704": (StorageError, "the server does not know that: is a parameter of the address misspelt?"),
     "25P02": (StorageError, "the transaction was aborted by a statement before: roll it back"),
@@ -55,7 +56,8 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
 _OF_CALLERS: dict[str, tuple[type[StorageError], str]] = {
     "42501": (
         StorageError,
-        "the connection's user may not emit: GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES IN it",
+        "the connection's user may not emit: in hookwright's schema it needs USAGE ON SCHEMA, SELECT ON meta, event and"
+        " INSERT ON event, delivery, wake",
     ),
     "25006": (
         StorageError,
