@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import struct
 import traceback
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -84,6 +85,23 @@ async def test_who_cannot_be_reached_is_named_by_host_port_and_database(
     assert told.startswith(f"PostgreSQL (postgresql://127.0.0.1:{unused_tcp_port}/app) cannot be reached: ")
     told = await refused(f"postgresql://{secret}@/app?host=/nowhere/at/all", postgres_schema)
     assert told.startswith("PostgreSQL (postgresql:///nowhere/at/all/app) cannot be reached: ")
+
+
+async def test_a_server_that_the_driver_does_not_understand_is_named(postgres_schema: str) -> None:
+    async def ask_for_something_unknown(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(struct.pack("!cii", b"R", 8, 99))  # a way to authenticate that there is not
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(ask_for_something_unknown, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        dsn = f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{port}/app?sslmode=disable"
+        told = await refused_by_the_server(dsn, postgres_schema, StorageError)
+    assert told.startswith("the PostgreSQL driver reported an error (InterfaceError: ")
+    assert told.endswith(f": postgresql://127.0.0.1:{port}/app")
+    assert PASSWORD not in told
 
 
 async def test_an_address_that_names_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, postgres_schema: str) -> None:
