@@ -23,6 +23,8 @@ SECRET = "s3cr3t"
         f"postgresql://app:pa/{SECRET}@db.example/app",
         f"postgresql://app:pw[{SECRET}@db.example/app",
         f"postgresql://app:{SECRET}@db.example:port/app",
+        f"postgresql://app:12?{SECRET}@db.example/app",
+        f"postgresql://app:1234/{SECRET}?y@db.example/app",
         f"postgresql:app:{SECRET}@db.example/app",
         f"host=db.example user=app password={SECRET}",
         f"app:{SECRET}@db.example/app",
@@ -44,6 +46,7 @@ def test_an_address_that_cannot_be_read_is_refused_and_not_shown(address: str) -
             f"postgresql://?host=db.example&port=6432&user=app&password={SECRET}&database=app",
             "postgresql://db.example:6432/app",
         ),
+        ("postgresql://app@[::1]:5432/app", "postgresql://[::1]:5432/app"),
         ("postgresql:///app?host=/var/run/postgresql", "postgresql:///var/run/postgresql/app"),
     ],
 )

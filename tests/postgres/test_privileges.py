@@ -71,7 +71,8 @@ async def test_a_role_needs_no_more_than_is_said(database: str, roles: dict[str,
     admin = await asyncpg.connect(database)
     owner, worker, emitter = (roles[role] for role in ROLES)
     try:
-        with pytest.raises(StorageError, match="42501"):
+        await admin.execute(f"ALTER DEFAULT PRIVILEGES FOR ROLE {owner} REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+        with pytest.raises(StorageError, match="GRANT CREATE ON DATABASE to make the schema"):
             await _dispatcher(database, owner).start()
         if made == "by itself":
             await admin.execute(f"GRANT CREATE ON DATABASE {database.partition('?')[0].rpartition('/')[2]} TO {owner}")
@@ -81,8 +82,11 @@ async def test_a_role_needs_no_more_than_is_said(database: str, roles: dict[str,
             await _live(dispatcher)
             await dispatcher._storage.scrub_endpoints()
 
+        with pytest.raises(StorageError, match="USAGE ON SCHEMA and SELECT, INSERT, UPDATE, DELETE ON its tables"):
+            await _dispatcher(database, worker).start()
         await admin.execute(
             f"GRANT USAGE ON SCHEMA hooks TO {worker};"
+            f" GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA hooks TO {worker};"
             f" GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA hooks TO {worker}"
         )
         async with _dispatcher(database, worker) as dispatcher:
@@ -93,7 +97,8 @@ async def test_a_role_needs_no_more_than_is_said(database: str, roles: dict[str,
             await admin.execute(
                 f"GRANT USAGE ON SCHEMA hooks TO {emitter};"
                 f" GRANT SELECT ON hooks.meta, hooks.event TO {emitter};"
-                f" GRANT INSERT ON hooks.event, hooks.delivery, hooks.wake TO {emitter}"
+                f" GRANT INSERT ON hooks.event, hooks.delivery, hooks.wake TO {emitter};"
+                f" GRANT EXECUTE ON FUNCTION hooks.clock, hooks.emit_1 TO {emitter}"
             )
             await dispatcher.endpoints.create(URL, events=["*"])
             await admin.execute(f"SET ROLE {emitter}")

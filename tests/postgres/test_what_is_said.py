@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
+import struct
 import traceback
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
@@ -84,6 +87,28 @@ async def test_who_cannot_be_reached_is_named_by_host_port_and_database(
     assert told.startswith("PostgreSQL (postgresql:///nowhere/at/all/app) cannot be reached: ")
 
 
+async def test_a_server_that_the_driver_does_not_understand_is_named(postgres_schema: str) -> None:
+    async def ask_for_something_unknown(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(struct.pack("!cii", b"R", 8, 99))  # a way to authenticate that there is not
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(ask_for_something_unknown, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        dsn = f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{port}/app?sslmode=disable"
+        told = await refused_by_the_server(dsn, postgres_schema, StorageError)
+    assert told.startswith("the PostgreSQL driver reported an error (InterfaceError: ")
+    assert told.endswith(f": postgresql://127.0.0.1:{port}/app")
+    assert PASSWORD not in told
+
+
+async def test_an_address_that_names_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, postgres_schema: str) -> None:
+    monkeypatch.setenv("PGHOST", "/nowhere/at/all")
+    assert (await refused("postgresql://", postgres_schema)).startswith("PostgreSQL cannot be reached: ")
+
+
 async def test_whose_connection_was_lost_is_named(postgres_dsn: str, postgres_schema: str) -> None:
     async with Proxy(postgres_dsn) as proxy:
         storage = PostgresStorage(proxy.dsn, schema=postgres_schema)
@@ -96,6 +121,63 @@ async def test_whose_connection_was_lost_is_named(postgres_dsn: str, postgres_sc
             await storage.close()
     [_, shown, _] = repr(storage).split("'")
     assert str(caught.value).endswith(f": {shown}")
+
+
+async def refused_by_the_server(dsn: str, schema: str, kind: type[StorageError]) -> str:
+    with pytest.raises(StorageError) as caught:
+        await PostgresStorage(dsn, schema=schema).open(Clock())
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def with_option(dsn: str, option: str) -> str:
+    return f"{dsn}{'&' if '?' in dsn else '?'}{option}"
+
+
+async def test_a_user_and_a_database_that_are_refused_are_told_with_the_server(
+    postgres_dsn: str, postgres_schema: str
+) -> None:
+    url = urlsplit(postgres_dsn)
+    stranger = url._replace(netloc=f"{USER}:{PASSWORD}@{url.netloc.rpartition('@')[2]}")
+    for wrong, advice in ((stranger, "refuses the user"), (url._replace(path="/nowhere"), "database does not exist")):
+        dsn = wrong.geturl()
+        told = await refused_by_the_server(dsn, postgres_schema, StorageError)
+        _, shown, _ = repr(PostgresStorage(dsn)).split("'")
+        assert advice in told
+        assert PASSWORD not in told
+        assert told.endswith(f": {shown}")
+
+
+async def test_a_server_that_is_not_what_is_asked_for_may_be_so_later(postgres_dsn: str, postgres_schema: str) -> None:
+    dsn = with_option(postgres_dsn, "target_session_attrs=standby")
+    told = await refused_by_the_server(dsn, postgres_schema, StorageUnavailable)
+    _, shown, _ = repr(PostgresStorage(dsn)).split("'")
+    assert told == f"no server of PostgreSQL ({shown}) is what target_session_attrs asks for"
+
+
+async def test_an_emit_waits_for_a_server_that_is_what_is_asked_for(postgres_database: str) -> None:
+    storage = PostgresStorage(with_option(postgres_database, "target_session_attrs=read-write"))
+    name = urlsplit(postgres_database).path.strip("/")
+    admin = await asyncpg.connect(postgres_database)
+    try:
+        async with Dispatcher(storage, transport=FakeTransport(), keys=[]) as dispatcher:
+            await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+            await admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                " AND datname = current_database()"
+            )
+
+            async def told() -> bool:
+                problems = (await dispatcher.health()).problems
+                return any("what target_session_attrs asks for" in each for each in problems)
+
+            await until(told)
+            emit = asyncio.create_task(dispatcher.emit("video.ready"))
+            await until(told)
+            await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            assert (await emit).durable
+    finally:
+        await admin.close()
 
 
 @asynccontextmanager
@@ -118,17 +200,19 @@ async def user_of(app: App, *granted: str) -> AsyncIterator[asyncpg.Connection]:
 async def test_a_user_who_may_not_emit_is_told_what_to_grant_and_that_is_enough(
     postgres_dsn: str, postgres_schema: str
 ) -> None:
-    usage = f"GRANT USAGE ON SCHEMA {postgres_schema} TO {{}}"
-    tables = f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA {postgres_schema} TO {{}}"
+    schema = postgres_schema
+    usage = f"GRANT USAGE ON SCHEMA {schema} TO {{}}"
+    reading = f"GRANT SELECT ON {schema}.meta, {schema}.event TO {{}}"
+    writing = f"GRANT INSERT ON {schema}.event, {schema}.delivery, {schema}.wake TO {{}}"
     async with application(postgres_dsn, postgres_schema) as app:
         await app.dispatcher.endpoints.create(URL, events=["*"])
-        advice = "GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES"
-        for granted in ([], [usage], [usage, tables.replace(", INSERT", "")]):
+        advice = "USAGE ON SCHEMA, SELECT ON meta, event and INSERT ON event, delivery, wake"
+        for granted in ([], [usage], [usage, reading], [usage, writing]):
             async with user_of(app, *granted) as connection:
                 with pytest.raises(StorageError, match=advice) as caught:
                     await app.dispatcher.emit("video.ready", connection=connection)
                 assert type(caught.value) is StorageError
-        async with user_of(app, usage, tables) as connection:
+        async with user_of(app, usage, reading, writing) as connection:
             for _ in range(2):
                 await app.dispatcher.emit("video.ready", event_id="evt_1", connection=connection)
             events = [NewEvent("video.ready", 1), NewEvent("video.ready", 2)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +59,16 @@ class CallersContract(ContractBase):
     ```
     """
 
-    @abstractmethod
     def callers_transaction(self, storage: Storage) -> AbstractAsyncContextManager[Any]:
         """Return what yields a connection in a transaction of its own, to the database of an open storage.
 
         Left normally it commits, left by an exception it rolls back. The connection is of a kind that
-        `emit(connection=)` accepts.
+        `emit(connection=)` accepts. Without it the tests raise NotImplementedError.
         """
+        raise NotImplementedError(
+            f"define callers_transaction(storage) in {type(self).__name__}: an async context manager that yields a"
+            " connection in a transaction to the storage's database; without such connections leave CallersContract out"
+        )
 
     async def test_what_is_enqueued_in_a_transaction_is_there_when_it_has_committed(self) -> None:
         async with self.opened() as world:

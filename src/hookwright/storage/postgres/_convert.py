@@ -28,7 +28,8 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
     "42P01": (StorageError, "a table is gone while it is in use: was the schema dropped, or restored in part?"),
     "42501": (
         StorageError,
-        "the user may not do that: it needs CREATE ON DATABASE at first, and has to own hookwright's schema and tables",
+        "the user may not do that: GRANT CREATE ON DATABASE to make the schema; where that is made, USAGE ON SCHEMA and"
+        " SELECT, INSERT, UPDATE, DELETE ON its tables (upgrades and reencrypt() are for their owner)",
     ),
     "42704": (StorageError, "the server does not know that: is a parameter of the address misspelt?"),
     "25P02": (StorageError, "the transaction was aborted by a statement before: roll it back"),
@@ -55,7 +56,8 @@ _BY_STATE: dict[str, tuple[type[StorageError], str]] = {
 _OF_CALLERS: dict[str, tuple[type[StorageError], str]] = {
     "42501": (
         StorageError,
-        "the connection's user may not emit: GRANT USAGE ON hookwright's SCHEMA and SELECT, INSERT ON ALL TABLES IN it",
+        "the connection's user may not emit: in hookwright's schema it needs USAGE ON SCHEMA, SELECT ON meta, event and"
+        " INSERT ON event, delivery, wake",
     ),
     "25006": (
         StorageError,
@@ -67,33 +69,39 @@ _OF_CALLERS: dict[str, tuple[type[StorageError], str]] = {
     ),
 }
 
+_NOWHERE = "postgresql://"
+"""What is shown of an address that leaves everything to the environment."""
+
 _CLOSED = ("clos", "releas", "operation is in progress")
 
 
 def convert(error: BaseException, where: str | None = None, *, callers: bool = False) -> HookwrightError:
     """Return our error for a driver's; one of ours stays what it is.
 
-    `where` is told when there is no connection: the server's address, as it may be shown. `callers`: it was raised by a
-    connection of the application's own.
+    `where` is the server's address as it may be shown, and is told with every error; an address that names nothing is
+    not. `callers`: it was raised by a connection of the application's own.
     """
-    server = "PostgreSQL" if where is None else f"PostgreSQL ({where})"
+    told = where not in {None, _NOWHERE}
+    server = f"PostgreSQL ({where})" if told else "PostgreSQL"
+    at = f": {where}" if told else ""
     if isinstance(error, HookwrightError):
         return error
     if isinstance(error, TimeoutError):
         return StorageUnavailable(f"{server} does not answer in time")
     if isinstance(error, OSError):
         return StorageUnavailable(f"{server} cannot be reached: {type(error).__name__}: {error.strerror or error}")
+    if type(error).__name__ == "TargetServerAttributeNotMatched":
+        return StorageUnavailable(f"no server of {server} is what target_session_attrs asks for")
     state = getattr(error, "sqlstate", None)
     if not isinstance(state, str):  # the driver's own: it has no answer from the server
         # A connection that ends while it is used may confuse the driver ("cannot switch to state").
         closed = type(error).__name__ == "InternalClientError" or any(text in str(error) for text in _CLOSED)
         kind = StorageUnavailable if closed else StorageError
-        return kind(f"the PostgreSQL driver reported an error ({type(error).__name__}: {_brief(error)})")
+        return kind(f"the PostgreSQL driver reported an error ({type(error).__name__}: {_brief(error)}){at}")
     known = _OF_CALLERS.get(state) if callers else None
     known = known or _BY_STATE.get(state) or _BY_STATE.get(state[:2])
     kind, advice = known or (StorageError, "the database reported an error")
-    told = f"{advice} (PostgreSQL {state}: {_brief(error)})"
-    return kind(f"{told}: {where}" if where is not None and kind is StorageUnavailable else told)
+    return kind(f"{advice} (PostgreSQL {state}: {_brief(error)}){at}")
 
 
 def _brief(error: BaseException) -> str:

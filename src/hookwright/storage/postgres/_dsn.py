@@ -44,9 +44,11 @@ def read_dsn(dsn: object) -> tuple[str, str]:
     if scheme not in {"postgresql", "postgres"} or "@" in url.path or url.fragment:
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
     options = parse_qsl(url.query, keep_blank_values=True)
+    if any("@" in name for name, _ in options):  # the question mark is the password's
+        raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
     kept = urlencode([(name, value) for name, value in options if name not in _NOT_OURS])
     given = dict(options)
-    where = host or given.get("host", "")
+    where = (f"[{host}]" if ":" in host else host) or given.get("host", "")
     at = port or given.get("port")
     database = url.path.strip("/") or given.get("database") or given.get("dbname") or ""
     shown = (f"{where}:{at}" if at else where) + (f"/{database}" if database else "")
