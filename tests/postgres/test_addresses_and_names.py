@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ssl
 from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import trustme
 
-from hookwright import ConfigurationError, Dispatcher, PostgresStorage, StorageError, ValidationFailed
+from hookwright import (
+    ConfigurationError,
+    Dispatcher,
+    PostgresStorage,
+    StorageError,
+    StorageUnavailable,
+    ValidationFailed,
+)
+from hookwright.storage.postgres import _pool
 from hookwright.testing import FakeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SECRET = "s3cr3t"
 
@@ -22,6 +35,7 @@ SECRET = "s3cr3t"
         f"postgresql+asyncpg://app:{SECRET}@db.example/app",
         f"postgresql://app:pa/{SECRET}@db.example/app",
         f"postgresql://app:pw[{SECRET}@db.example/app",
+        f"postgresql://app:pw@{SECRET}@db.example/app",
         f"postgresql://app:{SECRET}@db.example:port/app",
         f"postgresql://app:12?{SECRET}@db.example/app",
         f"postgresql://app:1234/{SECRET}?y@db.example/app",
@@ -72,6 +86,52 @@ async def test_what_is_wrong_with_an_address_is_said_when_it_is_opened(rest: str
 def test_several_hosts_are_told_where_to_go() -> None:
     with pytest.raises(ConfigurationError, match="host=a,b&port=5432,5432"):
         PostgresStorage(f"postgresql://app:{SECRET}@a:5432,b:5432/app")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "instead"),
+    [("ssl=require", "sslmode="), ("schema=hooks", "schema="), ("pool_size=5", "connections=")],
+)
+def test_what_other_libraries_take_in_an_address_is_told_where_to_go(parameter: str, instead: str) -> None:
+    with pytest.raises(ConfigurationError, match=instead):
+        PostgresStorage(f"postgresql://app:{SECRET}@db.example/app?{parameter}")
+
+
+async def test_a_certificate_that_does_not_verify_is_the_servers_matter_and_told(tmp_path: Path) -> None:
+    """An expired one may be renewed any time: it is tried again like a server that cannot be reached."""
+    theirs, ours = trustme.CA(), trustme.CA()
+    ours.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    theirs.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)  # an SSLRequest
+        writer.write(b"S")
+        with contextlib.suppress(OSError):
+            await writer.start_tls(context)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        address = f"postgresql://app:{SECRET}@127.0.0.1:{port}/app?sslmode=verify-full&sslrootcert={tmp_path}/ca.pem"
+        with pytest.raises(StorageUnavailable, match="certificate"):
+            await asyncio.wait_for(Dispatcher(address, transport=FakeTransport(), keys=[]).start(), 20)
+
+
+async def test_emits_are_answered_whatever_the_pool_raises(
+    postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(*_: object, **__: object) -> None:
+        raise ConfigurationError("the address has gone bad")
+
+    storage = PostgresStorage(postgres_dsn, schema=postgres_schema)
+    async with Dispatcher(storage, transport=FakeTransport(), keys=[]) as dispatcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(_pool.Pool, "run", run)
+            with pytest.raises(ConfigurationError, match="gone bad"):
+                await asyncio.wait_for(dispatcher.emit("video.ready"), 10)
+        assert (await dispatcher.emit("video.ready")).durable
 
 
 async def test_a_parameter_that_nobody_knows_is_told_as_such(postgres_dsn: str, postgres_schema: str) -> None:

@@ -27,6 +27,13 @@ _NOT_OURS = {
     "tcp_user_timeout",
 }
 
+# What users of other libraries try.
+_ELSEWHERE = {
+    "ssl": "that is SQLAlchemy's; write sslmode=",
+    "schema": "give it beside the address: PostgresStorage(..., schema=...)",
+    "pool_size": "give it beside the address: PostgresStorage(..., connections=...)",
+}
+
 
 def read_dsn(dsn: object) -> tuple[str, str]:
     """Return what may be shown of an address, and what the driver takes. Raises ConfigurationError, showing nothing."""
@@ -41,11 +48,15 @@ def read_dsn(dsn: object) -> tuple[str, str]:
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}") from None
     if scheme.startswith("postgresql+"):
         raise ConfigurationError(f"dsn: {scheme}:// is SQLAlchemy's; take out the driver: postgresql://...")
-    if scheme not in {"postgresql", "postgres"} or "@" in url.path or url.fragment:
+    # The driver would take what is behind the first one for the host, and ask a name server for it.
+    if scheme not in {"postgresql", "postgres"} or url.netloc.count("@") > 1 or "@" in url.path or url.fragment:
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
     options = parse_qsl(url.query, keep_blank_values=True)
     if any("@" in name for name, _ in options):  # the question mark is the password's
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
+    for name, _ in options:
+        if name in _ELSEWHERE:
+            raise ConfigurationError(f"dsn: {name}: {_ELSEWHERE[name]}")
     kept = urlencode([(name, value) for name, value in options if name not in _NOT_OURS])
     given = dict(options)
     where = (f"[{host}]" if ":" in host else host) or given.get("host", "")

@@ -243,6 +243,8 @@ class Pool:
             async with asyncio.timeout(limit):
                 try:
                     connection = await pool.acquire()
+                except OSError:  # a certificate that does not verify is a ValueError, too
+                    raise
                 except ValueError as error:
                     raise _unreadable(error) from None
                 pid = connection.get_server_pid()
