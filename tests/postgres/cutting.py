@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import asyncpg
 
 from hookwright._models import EndpointState
+from hookwright.storage.postgres import PostgresStorage
 from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.postgres.manual import ManualPostgresStorage
 from tests.postgres.proxy import Action, Proxy
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
     from hookwright._models import Delivery, EndpointRow, Lease
-    from hookwright.storage.postgres import PostgresStorage
     from tests.postgres.wire import Message
 
 TABLES = {
@@ -74,6 +74,18 @@ class Direct:
             "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
         )
         return count
+
+
+@asynccontextmanager
+async def opened(dsn: str, schema: str) -> AsyncIterator[World]:
+    """Open a storage, with the server's own time."""
+    clock = ManualClock()
+    storage = PostgresStorage(dsn, schema=schema)
+    await storage.open(clock)
+    try:
+        yield World(storage, clock)
+    finally:
+        await storage.close()
 
 
 class Scene(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -14,13 +13,12 @@ from hookwright.storage import postgres
 from hookwright.storage._base import DeliveryFilter
 from hookwright.storage.postgres import PostgresStorage, _pool, _requeue
 from hookwright.testing import FakeTransport
-from hookwright.testing._storage_contract_base import ManualClock, World
+from tests.postgres.cutting import opened
 from tests.postgres.proxy import Action, Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from hookwright._models import EventRow
+    from hookwright.testing._storage_contract_base import World
     from tests.postgres.wire import Message
 
 PART = 500
@@ -34,17 +32,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_requeue, "EXPUNGE_ROWS", PART)
     monkeypatch.setattr(postgres, "PATIENCE", 0.2)
     monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", "200")
-
-
-@asynccontextmanager
-async def opened(dsn: str, schema: str) -> AsyncIterator[World]:
-    clock = ManualClock()
-    storage = PostgresStorage(dsn, schema=schema)
-    await storage.open(clock)
-    try:
-        yield World(storage, clock)
-    finally:
-        await storage.close()
 
 
 async def stored(world: World, *endpoint_ids: str, count: int = DELIVERIES) -> tuple[EventRow, list[str]]:

@@ -15,13 +15,14 @@ from hookwright._models import Lease
 from hookwright.storage._emitted import Emitted
 from hookwright.storage.postgres import PostgresStorage, _emits, _pool
 from hookwright.testing import FakeTransport
-from hookwright.testing._storage_contract_base import ManualClock, World
 from tests.conftest import URL, until
+from tests.postgres.cutting import opened
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from hookwright.storage.postgres._database import Database
+    from hookwright.testing._storage_contract_base import World
 
 AT_ONCE = 1.0
 LOCK_LIMIT = 300
@@ -32,17 +33,6 @@ LOCK_LIMIT = 300
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", str(LOCK_LIMIT))
     monkeypatch.setattr(_emits, "PATIENCE", 0.5)
-
-
-@asynccontextmanager
-async def opened(dsn: str, schema: str) -> AsyncIterator[World]:
-    clock = ManualClock()
-    storage = PostgresStorage(dsn, schema=schema)
-    await storage.open(clock)
-    try:
-        yield World(storage, clock)
-    finally:
-        await storage.close()
 
 
 @asynccontextmanager
