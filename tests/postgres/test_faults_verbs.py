@@ -71,7 +71,7 @@ WRITES: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     ),
     "delete_endpoint": lambda scene: scene.storage.delete_endpoint(scene.endpoint.id),
     "scrub_endpoints": lambda scene: scene.storage.scrub_endpoints(),
-    "expunge": lambda scene: scene.storage.expunge(scene.waiting.event_id),
+    "expunge": lambda scene: scene.world.expunge(scene.waiting.event_id),
     "prune": lambda scene: scene.storage.prune(scene.world.clock.now() + 1),
 }
 

@@ -203,7 +203,8 @@ class Deliveries:
         """Until all is stored that will be, or nothing has come for long. Kill some, and let others begin anew."""
         last, since, told = -1, time.monotonic(), time.monotonic()
         while (stored := await self._stored()) < self._wanted and not any(task.done() for task in hearing):
-            await asyncio.wait(hearing, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+            look_again = 0.2 if self._killed == self._kills else 0.02
+            await asyncio.wait(hearing, timeout=look_again, return_when=asyncio.FIRST_COMPLETED)
             self._count(receiver)
             if stored > last:
                 last, since = stored, time.monotonic()

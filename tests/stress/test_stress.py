@@ -34,7 +34,7 @@ async def test_two_processes_deliver_each_exactly_once(database: str) -> None:
 
 
 async def test_nothing_is_lost_when_one_of_three_is_killed(database: str) -> None:
-    counted = await Deliveries(database, 1200, 3, print, kills=1).run()
+    counted = await Deliveries(database, 3000, 3, print, kills=1).run()
     assert counted.broken == [], told(counted)
     assert counted.kills == 1
 
