@@ -13,6 +13,7 @@ from hookwright._dispatcher import Dispatcher
 from hookwright._endpoints import Endpoints
 from hookwright._envelope import CloudEventsEnvelope, Content, Envelope, EventEnvelope, FlatEnvelope, StandardEnvelope
 from hookwright._errors import (
+    CommitLost,
     CommitUnknown,
     ConfigurationError,
     ConflictError,
@@ -89,6 +90,7 @@ __all__ = [
     "ClientCertificate",
     "Clock",
     "CloudEventsEnvelope",
+    "CommitLost",
     "CommitUnknown",
     "ConfigurationError",
     "ConflictError",

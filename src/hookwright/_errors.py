@@ -79,6 +79,13 @@ class StorageUnavailable(StorageError):
     """The database server cannot be reached, or does not answer. It is tried again for as long as it takes."""
 
 
+class CommitLost(StorageUnavailable):
+    """The connection broke while a change was committed: it may or may not have happened. Look before you repeat it.
+
+    For events there is CommitUnknown, after it was tried to find out.
+    """
+
+
 class CommitUnknown(StorageError):
     """The connection broke while the event was committed, and nobody could say since whether it was stored.
 

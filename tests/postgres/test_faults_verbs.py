@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
-from hookwright import DeliveryState, HookwrightError, StorageUnavailable
+from hookwright import CommitLost, DeliveryState, HookwrightError, StorageUnavailable
 from hookwright._models import AttemptRecord, Claim, Emission, EndpointState, Settled
 from hookwright.storage._base import ClaimRequest, DeliveryFilter
 from hookwright.storage.postgres import _emits, _listener, _turns
-from hookwright.storage.postgres._pool import CommitLost
 from tests.conftest import until
 from tests.postgres.cutting import Cut, Scene, idle, outcome, scene, tasks, waiting
 from tests.postgres.manual import remember_types

@@ -8,7 +8,7 @@ import random
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from hookwright._errors import ConfigurationError, StorageBusy
+from hookwright._errors import CommitLost, ConfigurationError, StorageBusy
 from hookwright.storage._base import DEFAULT_HEALTH, SWEEP_ROWS, Expunged, Storage
 from hookwright.storage._connections import CallersConnection, check_kind
 from hookwright.storage._emitted import Emitted
@@ -18,7 +18,7 @@ from hookwright.storage.postgres._database import Names
 from hookwright.storage.postgres._dsn import read_dsn
 from hookwright.storage.postgres._emits import Emits, Notifier, telling
 from hookwright.storage.postgres._listener import Listener
-from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, CommitLost, Pool, closed
+from hookwright.storage.postgres._pool import CLOSING_LIMIT, FIRST_CONNECTIONS, PATIENCE, Pool, closed
 from hookwright.storage.postgres._turns import Turns
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from hookwright._errors import (
+    CommitLost,
     CommitUnknown,
     HookwrightError,
     StorageBusy,
@@ -20,7 +21,7 @@ from hookwright._errors import (
     StorageUnavailable,
 )
 from hookwright.storage.postgres._enqueue import enqueue, enqueue_all, mark_own
-from hookwright.storage.postgres._pool import PATIENCE, CommitLost, closed
+from hookwright.storage.postgres._pool import PATIENCE, closed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence

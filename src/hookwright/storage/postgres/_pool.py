@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from hookwright._errors import (
+    CommitLost,
     ConfigurationError,
     HookwrightError,
     StorageBusy,
@@ -74,20 +75,6 @@ _TUNED = {f"enable_{kind}": "off" for kind in ("seqscan", "bitmapscan", "sort", 
     "plan_cache_mode": "force_generic_plan"
 }
 """For statements that have one good plan, whatever the statistics say of tables that were empty a minute ago."""
-
-
-class CommitLost(StorageUnavailable):
-    """The connection broke in the commit: the transaction may have happened.
-
-    Applications know it as StorageUnavailable: so it is called in whatever shows its name, and so it is pickled.
-    """
-
-    def __reduce__(self) -> tuple[type[StorageUnavailable], tuple[object, ...]]:
-        return (StorageUnavailable, self.args)
-
-
-CommitLost.__name__ = CommitLost.__qualname__ = StorageUnavailable.__name__
-CommitLost.__module__ = StorageUnavailable.__module__
 
 
 class Pool:

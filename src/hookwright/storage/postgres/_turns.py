@@ -11,8 +11,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from hookwright._errors import CommitLost
 from hookwright.storage.postgres import _claim, _settle
-from hookwright.storage.postgres._pool import CommitLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
