@@ -30,8 +30,6 @@ PENDING, CANCELLED = (DeliveryFilter(states=(state,)) for state in (DeliveryStat
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_requeue, "EXPUNGE_ROWS", PART)
-    monkeypatch.setattr(postgres, "PATIENCE", 0.2)
-    monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", "200")
 
 
 async def stored(world: World, *endpoint_ids: str, count: int = DELIVERIES) -> tuple[EventRow, list[str]]:
@@ -88,8 +86,10 @@ async def test_three_thousand_deliveries_are_expunged_in_several_transactions(
 
 
 async def test_what_ended_midway_is_hidden_and_sent_as_it_was_or_not_at_all_and_goes_on_when_given_again(
-    postgres_dsn: str, postgres_schema: str
+    postgres_dsn: str, postgres_schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(postgres, "PATIENCE", 0.5)
+    monkeypatch.setitem(_pool.SETTINGS, "lock_timeout", "500")
     async with opened(postgres_dsn, postgres_schema) as world:
         free, held = await world.endpoint(), await world.endpoint()
         event, ids = await stored(world, free, held)
@@ -98,6 +98,7 @@ async def test_what_ended_midway_is_hidden_and_sent_as_it_was_or_not_at_all_and_
         await connection.execute(f"BEGIN; SELECT 1 FROM {postgres_schema}.lane WHERE endpoint_id = '{held}' FOR UPDATE")
         with pytest.raises(StorageBusy):
             await world.expunge(event.id)
+        await connection.execute("ROLLBACK")
         await connection.close()
 
         shown = await world.storage.get_event(event.id)
