@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, c
 
 from hookwright import Dispatcher
 from hookwright.testing import FakeTransport
-from tests.conftest import until
+from tests.conftest import URL, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -59,6 +59,17 @@ def immediate(engine: AsyncEngine) -> AsyncEngine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+@contextlib.asynccontextmanager
+async def application(path: Path) -> AsyncIterator[App]:
+    """One that delivers everything to one endpoint."""
+    app = App(path, FakeTransport())
+    async with app.dispatcher:
+        async with aiosqlite.connect(app.path) as connection:
+            await connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, what TEXT)")
+        await app.dispatcher.endpoints.create(URL, events=["*"])
+        yield app
 
 
 @contextlib.asynccontextmanager

@@ -29,7 +29,7 @@ from hookwright.storage.sqlite._callers import _LOOK_MOST
 from hookwright.storage.sqlite._schema import resets_the_log_safely
 from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import CancelledAt
-from tests.applications import CONNECTIONS, ORDER, App, begin, explicit, immediate, plain, run, session_of
+from tests.applications import CONNECTIONS, ORDER, App, application, begin, explicit, immediate, plain, run, session_of
 from tests.conftest import URL, until
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ CANARY = "in-no-exception"
 
 @pytest.fixture
 async def app(tmp_path: Path) -> AsyncIterator[App]:
-    app = App(tmp_path / "app.db", FakeTransport())
-    async with app.dispatcher:
-        async with aiosqlite.connect(app.path) as connection:
-            await connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, what TEXT)")
-        await app.dispatcher.endpoints.create(URL, events=["*"])
+    async with application(tmp_path / "app.db") as app:
         yield app
 
 

@@ -13,9 +13,8 @@ from hookwright._clock import Clock
 from hookwright._errors import StaleEndpoints
 from hookwright._models import EndpointRow, EventRow, Key, NewDelivery
 from hookwright.storage._connections import _AioSQLite, adapted
-from hookwright.testing import FakeTransport
 from hookwright.testing._storage_contract_base import CancelledAt
-from tests.applications import ORDER, App, begin, explicit, plain, run
+from tests.applications import ORDER, App, application, begin, explicit, plain, run
 from tests.conftest import URL
 
 if TYPE_CHECKING:
@@ -25,11 +24,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def app(tmp_path: Path) -> AsyncIterator[App]:
-    app = App(tmp_path / "app.db", FakeTransport())
-    async with app.dispatcher:
-        async with aiosqlite.connect(app.path) as connection:
-            await connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, what TEXT)")
-        await app.dispatcher.endpoints.create(URL, events=["*"])
+    async with application(tmp_path / "app.db") as app:
         yield app
 
 

@@ -97,7 +97,7 @@ class PostgresStorage(Storage):
         poll_only: bool = False,
         shared_concurrency: bool = False,
     ) -> None:
-        self._shown, self._dsn = read_dsn(dsn)
+        self._address = read_dsn(dsn)
         if not isinstance(connections, int) or connections <= FIRST_CONNECTIONS:
             raise ConfigurationError("connections: use 4 or more; three are for emit, claim and settle alone")
         self._names = Names(schema)
@@ -113,7 +113,7 @@ class PostgresStorage(Storage):
         self._writing: set[asyncio.Future[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"PostgresStorage({self._shown!r})"
+        return f"PostgresStorage({self._address.shown!r})"
 
     @property
     def transactions(self) -> int:
@@ -135,9 +135,9 @@ class PostgresStorage(Storage):
         self._closed = None
         self._closing.clear()
         self._begin_anew()
-        pool = Pool(self._dsn, self._names, size=self._connections, pooler=self._poll_only, settings=self._settings)
+        pool = Pool(self._address, self._names, size=self._connections, pooler=self._poll_only, settings=self._settings)
         channel = None if self._poll_only else self._names.channel
-        listener = None if channel is None else Listener(self._dsn, channel, self._owner, pool.pids, pool.suspect)
+        listener = None if channel is None else Listener(self._address, channel, self._owner, pool.pids, pool.suspect)
         try:
             await pool.open()
             migrate = partial(_schema.migrate, names=self._names)

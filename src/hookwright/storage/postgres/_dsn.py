@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from hookwright._errors import ConfigurationError
@@ -35,8 +36,15 @@ _ELSEWHERE = {
 }
 
 
-def read_dsn(dsn: object) -> tuple[str, str]:
-    """Return what may be shown of an address, and what the driver takes. Raises ConfigurationError, showing nothing."""
+class Address(NamedTuple):
+    """An address: what may be `shown` of it, and the `dsn` that the driver takes."""
+
+    shown: str
+    dsn: str
+
+
+def read_dsn(dsn: object) -> Address:
+    """Read an address, once for all who connect to it. Raises ConfigurationError, showing nothing."""
     if isinstance(dsn, str) and "," in dsn.partition("?")[0].rpartition("@")[2].partition("/")[0]:
         raise ConfigurationError(
             "dsn: several hosts go behind the question mark: postgresql://user@/database?host=a,b&port=5432,5432"
@@ -49,10 +57,10 @@ def read_dsn(dsn: object) -> tuple[str, str]:
     if scheme.startswith("postgresql+"):
         raise ConfigurationError(f"dsn: {scheme}:// is SQLAlchemy's; take out the driver: postgresql://...")
     # The driver would take what is behind the first one for the host, and ask a name server for it.
-    if scheme not in {"postgresql", "postgres"} or url.netloc.count("@") > 1 or "@" in url.path or url.fragment:
-        raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
+    has_two_hosts = url.netloc.count("@") > 1
     options = parse_qsl(url.query, keep_blank_values=True)
-    if any("@" in name for name, _ in options):  # the question mark is the password's
+    is_cut = "@" in url.path or url.fragment or any("@" in name for name, _ in options)  # in the password
+    if scheme not in {"postgresql", "postgres"} or has_two_hosts or is_cut:
         raise ConfigurationError(f"dsn: it cannot be read; {_ADVICE}")
     for name, _ in options:
         if name in _ELSEWHERE:
@@ -63,7 +71,7 @@ def read_dsn(dsn: object) -> tuple[str, str]:
     at = port or given.get("port")
     database = url.path.strip("/") or given.get("database") or given.get("dbname") or ""
     shown = (f"{where}:{at}" if at else where) + (f"/{database}" if database else "")
-    return f"postgresql://{shown}", url._replace(query=kept).geturl()
+    return Address(f"postgresql://{shown}", url._replace(query=kept).geturl())
 
 
 def check_files(dsn: str) -> None:

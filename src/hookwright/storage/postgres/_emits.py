@@ -171,8 +171,7 @@ class Emits:
             else:
                 await self._split(group, waits=waits)
         except Exception as error:  # noqa: BLE001  # whatever it is: whoever waits is answered
-            for _, future in group:
-                _answer(future, error)
+            _refuse(group, error)
         else:
             for (_, future), answer in zip(group, answers, strict=True):
                 _answer(future, answer)
@@ -207,7 +206,7 @@ class Emits:
             await self._store_group(group, hurried=False)
 
 
-def _refuse(group: _Group, error: StorageError) -> None:
+def _refuse(group: _Group, error: Exception) -> None:
     for emitted, future in group:
         lost = isinstance(error, CommitUnknown)
         _answer(future, CommitUnknown(emitted.event.id) if lost else error)

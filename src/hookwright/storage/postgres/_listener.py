@@ -15,13 +15,13 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from hookwright._errors import StorageUnavailable
 from hookwright.storage.postgres._convert import convert
-from hookwright.storage.postgres._dsn import read_dsn
 from hookwright.storage.postgres._pool import CLOSING_LIMIT, CONNECT_LIMIT, driver, keep_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from hookwright.storage.postgres._database import Database
+    from hookwright.storage.postgres._dsn import Address
 
 _logger = logging.getLogger("hookwright")
 
@@ -59,10 +59,9 @@ class Listener:
     """
 
     def __init__(
-        self, dsn: str, channel: str, owner: int, own: Collection[int], on_silence: Callable[[], None]
+        self, address: Address, channel: str, owner: int, own: Collection[int], on_silence: Callable[[], None]
     ) -> None:
-        self._dsn = dsn
-        self._where, _ = read_dsn(dsn)
+        self._where, self._dsn = address
         self._channel = channel
         self._owner = owner
         self._own = own

@@ -26,7 +26,7 @@ from hookwright._errors import (
 )
 from hookwright.storage.postgres._convert import convert
 from hookwright.storage.postgres._database import Database
-from hookwright.storage.postgres._dsn import check_files, read_dsn
+from hookwright.storage.postgres._dsn import check_files
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import asyncpg
 
     from hookwright.storage.postgres._database import Names
+    from hookwright.storage.postgres._dsn import Address
 
     Operation = Callable[[Database], Awaitable["T"]]
 
@@ -81,10 +82,9 @@ class Pool:
     """Up to `size` connections to one database. `pooler`: another pool is in between, which keeps no settings."""
 
     def __init__(
-        self, dsn: str, names: Names, *, size: int, pooler: bool, settings: Callable[[], dict[str, str]]
+        self, address: Address, names: Names, *, size: int, pooler: bool, settings: Callable[[], dict[str, str]]
     ) -> None:
-        self._dsn = dsn
-        self._where, _ = read_dsn(dsn)
+        self._where, self._dsn = address
         self._names = names
         self._size = size
         self._pooler = pooler

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from hookwright._errors import ConflictError, NotFound
 from hookwright._models import TEST_TYPE
 from hookwright.storage._base import FREE_INTERRUPTIONS, Expunged
+from hookwright.storage._emitted import Emitted
 from hookwright.storage._rows import attempt_row
 from hookwright.storage.postgres._database import lock_lanes
+from hookwright.storage.postgres._enqueue import enqueue_all
 from hookwright.storage.postgres._lanes import UNLEASED, make_due
 from hookwright.storage.postgres._release import record_interruptions
 
@@ -144,31 +146,13 @@ async def admit_test(database: Database, endpoint_id: str, interval: int) -> Non
 async def record_test(database: Database, emission: Emission, state: DeliveryState, attempt: AttemptRecord) -> None:
     """See `Storage.record_test`."""
     event, [delivery] = emission
-    now = await database.now()
+    await enqueue_all(database, [Emitted(event, [delivery._replace(skipped=True)], None)], None)
     await database.run(
-        "INSERT INTO hookwright.event (id, type, tenant, data, attributes, occurred_at, created_at, idempotency_key,"
-        " digest, delivery_count, trace_context) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 0, $10)",
-        event.id,
-        event.type,
-        event.tenant,
-        event.data,
-        event.attributes,
-        event.occurred_at,
-        now,
-        event.idempotency_key,
-        event.digest,
-        event.trace_context,
-    )
-    await database.run(
-        "INSERT INTO hookwright.delivery (id, event_id, endpoint_id, state, attempt_count, created_at, finished_at,"
-        " last_status, last_error) VALUES ($1, $2, $3, $4, 1, $5, $5, $6, $7)",
-        delivery.id,
-        event.id,
-        delivery.endpoint_id,
+        "UPDATE hookwright.delivery SET state = $1, attempt_count = 1, last_status = $2, last_error = $3 WHERE id = $4",
         state.value,
-        now,
         attempt.status,
         attempt.error,
+        delivery.id,
     )
     await database.run(
         "INSERT INTO hookwright.attempt (delivery_id, number, started_at, duration, status, error, detail,"

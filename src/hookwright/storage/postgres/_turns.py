@@ -65,9 +65,10 @@ class Turns:
                 successes = partial(_settle.settle_successes, outcomes=outcomes, policy=policy)
                 answers = await self._pool.run(successes, first=True, single=True)
             else:
-                settle = partial(_settle.settle, outcomes=outcomes, policy=policy)
-                settle = partial(settle, unknown=unknown, channel=self._channel)
-                answers = await self._pool.run(settle, first=True)
+                answers = await self._pool.run(
+                    partial(_settle.settle, outcomes=outcomes, policy=policy, unknown=unknown, channel=self._channel),
+                    first=True,
+                )
         except CommitLost:
             self._unknown |= tokens
             raise
